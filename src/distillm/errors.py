@@ -1,0 +1,37 @@
+"""What a user can mend. The command line prints these without a traceback and ends with their exit code."""
+
+
+class DistillmError(Exception):
+    """Root of the errors that say what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(DistillmError):
+    """A setting is unknown, missing or out of range."""
+
+
+class DataError(DistillmError):
+    """A data file, or a row in one, cannot be used."""
+
+
+class ModelError(DistillmError):
+    """A model or tokenizer cannot be loaded, or two of them do not fit together."""
+
+
+class TrainingError(DistillmError):
+    """Training cannot go on, such as when the loss is no longer finite."""
+
+    exit_code = 3
+
+
+class StorageError(DistillmError):
+    """A file could not be written or read back whole."""
+
+    exit_code = 4
+
+
+class Interrupted(DistillmError):
+    """The user stopped the work; what was done is saved."""
+
+    exit_code = 130

@@ -1,0 +1,99 @@
+"""The values that travel through the library: ``Example`` -> ``Batch`` -> ``Head``, and the ``State`` of a run."""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+IGNORE = -100
+"""The label of a position that predicts no target token."""
+
+Origin = Literal["data", "student", "teacher", "text"]
+"""Who wrote the target tokens: the dataset, a model, or a plain-text corpus."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as token ids: ragged, on the CPU, free of any architecture.
+
+    ``targets[i]`` says whether ``tokens[i]`` is to be learned. ``teacher_context``, where given, replaces the tokens
+    before the first target for the teacher only. ``born`` is the step at which a generated row was written.
+    """
+
+    id: str
+    tokens: list[int]
+    targets: list[bool]
+    origin: Origin = "data"
+    born: int = 0
+    teacher_context: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.targets):
+            raise ValueError(f"row {self.id}: {len(self.tokens)} tokens but {len(self.targets)} target marks")
+
+    @property
+    def start(self) -> int:
+        """Index of the first target; the number of tokens where there is none."""
+        return self.targets.index(True) if True in self.targets else len(self.tokens)
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens before the first target."""
+        return self.tokens[: self.start]
+
+    @property
+    def response(self) -> list[int]:
+        """The tokens from the first target on."""
+        return self.tokens[self.start :]
+
+
+def answer(prompt: Example, response: list[int], origin: Origin, born: int = 0) -> Example:
+    """``prompt``'s context followed by ``response``, every token of which is a target."""
+    tokens = prompt.prompt + response
+    targets = [False] * prompt.start + [True] * len(response)
+    return Example(prompt.id, tokens, targets, origin, born, prompt.teacher_context)
+
+
+class Batch(NamedTuple):
+    """What one model reads: ``inputs`` for its forward, and ``labels[b, t]``, the token predicted AT position ``t``.
+
+    ``labels`` is ``[B, T]`` int64 with ``IGNORE`` where nothing is to be predicted.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+
+
+class Head(NamedTuple):
+    """Logits that have not been formed: ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``.
+
+    ``hidden`` is ``[N, d]``, ``weight`` ``[V, d]``, ``bias`` ``[V]``. Where ``weight`` is None, ``hidden`` holds the
+    model's own logits ``[N, V]`` and nothing else applies.
+    """
+
+    hidden: Tensor
+    weight: Tensor | None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def narrow(self, num_tokens: int) -> "Head":
+        """The same head over the first ``num_tokens`` entries of the vocabulary."""
+        if self.weight is None:
+            return self._replace(hidden=self.hidden[:, :num_tokens])
+        if self.weight.shape[0] == num_tokens:
+            return self
+        bias = None if self.bias is None else self.bias[:num_tokens]
+        return self._replace(weight=self.weight[:num_tokens], bias=bias)
+
+
+@dataclass
+class State:
+    """All that a schedule may read. Saved whole in every checkpoint.
+
+    ``step`` is the number of finished optimizer steps; ``validation`` holds the monitored value of each validation.
+    """
+
+    step: int = 0
+    total_steps: int = 1
+    validation: list[float] = field(default_factory=list[float])
