@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 IGNORE = -100
@@ -62,6 +63,10 @@ class Batch(NamedTuple):
 
     inputs: dict[str, Tensor]
     labels: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on ``device``."""
+        return Batch({name: value.to(device) for name, value in self.inputs.items()}, self.labels.to(device))
 
 
 class Head(NamedTuple):

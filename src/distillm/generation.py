@@ -1,0 +1,181 @@
+"""Prompts -> responses. Every row draws from its own random stream, whatever batch it is generated in."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+
+from .types import Example, Origin, answer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Temperature 0 is greedy; ``top_k`` 0 and ``top_p`` 1 switch those filters off."""
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """``model`` in eval mode inside, every module's own mode restored afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def uniforms(seed: int, step: int, row: str, count: int) -> np.ndarray:
+    """The first ``count`` draws in [0, 1) of the stream that belongs to (seed, step, row)."""
+    key = hashlib.blake2b(f"{seed}/{step}/{row}".encode(), digest_size=16).digest()
+    stream = np.random.Philox(key=np.frombuffer(key, dtype=np.uint64))
+    return np.random.Generator(stream).random(count)
+
+
+def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
+    """``logits`` ``[B, V]`` after temperature, top-k and top-p; what is left out becomes ``-inf``."""
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kth = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if sampling.top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        # A token stays while the mass BEFORE it is below top_p, so that the most likely one always stays.
+        beyond = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    return logits
+
+
+def draw(logits: Tensor, u: Tensor) -> Tensor:
+    """One token id per row of ``logits`` ``[B, V]``, by inverting the cumulative distribution at ``u`` ``[B]``.
+
+    The law is that of ``torch.multinomial``; a token of probability zero is never returned, for u from 0 to 1.
+    """
+    # float64 keeps the running sum exact enough for any vocabulary; Apple's GPUs have no such type.
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+    cumulative = logits.softmax(-1).to(dtype).cumsum(-1)
+    total = cumulative[:, -1:]
+    threshold = torch.minimum(u.to(dtype)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+
+
+class _Choose:
+    """A logits processor that leaves one token possible: the greedy one, or the row's own draw."""
+
+    def __init__(self, sampling: Sampling, draws: Tensor, num_tokens: int):
+        self.sampling, self.draws, self.num_tokens, self.position = sampling, draws, num_tokens, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits = scores[:, : self.num_tokens].float()  # the padding of the vocabulary is never sampled
+        if self.sampling.temperature == 0:
+            chosen = logits.argmax(-1)
+        else:
+            chosen = draw(filtered(logits, self.sampling), self.draws[:, self.position])
+        self.position += 1
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
+
+
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Example],
+    sampling: Sampling,
+    *,
+    pad_id: int,
+    end_ids: Sequence[int],
+    num_tokens: int,
+    seed: int = 0,
+    step: int = 0,
+    origin: Origin = "student",
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> list[Example]:
+    """Answer each prompt with ``model``, in input order.
+
+    A response ends with the end token that occurred; one cut by ``max_new_tokens`` has none. Prompts are batched by
+    length. ``progress`` is called with the number of rows finished so far.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(_context(prompts[i], origin)), reverse=True)
+    answers: dict[int, Example] = {}
+    for at in range(0, len(order), batch_size):
+        rows = order[at : at + batch_size]
+        contexts = [_context(prompts[i], origin) for i in rows]
+        draws = np.stack([uniforms(seed, step, prompts[i].id, sampling.max_new_tokens) for i in rows])
+        for i, response in zip(rows, _respond(model, contexts, sampling, draws, pad_id, end_ids, num_tokens), strict=True):
+            answers[i] = answer(prompts[i], response, origin, step)
+        if progress is not None:
+            progress(len(answers))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def truncated(example: Example, end_ids: Sequence[int]) -> bool:
+    """Whether a response was cut by length, that is, ends without an end token."""
+    return not example.tokens or example.tokens[-1] not in end_ids
+
+
+def _context(prompt: Example, origin: Origin) -> list[int]:
+    privileged = origin == "teacher" and prompt.teacher_context is not None
+    return prompt.teacher_context or [] if privileged else prompt.prompt
+
+
+@torch.no_grad()
+def _respond(
+    model: PreTrainedModel,
+    contexts: list[list[int]],
+    sampling: Sampling,
+    draws: np.ndarray,
+    pad_id: int,
+    end_ids: Sequence[int],
+    num_tokens: int,
+) -> list[list[int]]:
+    device = model.device
+    longest = max(len(c) for c in contexts)
+    ids = torch.tensor([[pad_id] * (longest - len(c)) + c for c in contexts], device=device)
+    mask = torch.tensor([[0] * (longest - len(c)) + [1] * len(c) for c in contexts], device=device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    choose = _Choose(sampling, torch.from_numpy(draws).to(device=device, dtype=dtype), num_tokens)
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=sampling.max_new_tokens,
+        pad_token_id=pad_id,
+        eos_token_id=list(end_ids),
+        use_cache=True,
+    )
+    with eval_mode(model), _own_settings(model):
+        out: Any = model.generate(
+            inputs=ids,
+            attention_mask=mask,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([choose]),  # pyright: ignore[reportArgumentType]
+        )
+    return [_until_end(row, end_ids) for row in out[:, longest:].tolist()]
+
+
+@contextmanager
+def _own_settings(model: PreTrainedModel) -> Iterator[None]:
+    # `generate` fills every unset value from the model's file: a repetition penalty there would change the
+    # distribution that is sampled from without a word.
+    kept = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
+def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    for i, token in enumerate(ids):
+        if token in end_ids:
+            return ids[: i + 1]
+    return ids

@@ -1,0 +1,83 @@
+"""Two models read the same rows: what a loss sees of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import collate
+from .models import HeadReader
+from .types import IGNORE, Example, Head, Origin, State
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A batch after the models have read it. Rows are its N target tokens.
+
+    ``labels`` ``[N]``; ``sequence`` ``[N]`` says which of ``origins`` each token belongs to; the teacher's head is
+    None where no term asked for it.
+    """
+
+    student: Head
+    teacher: Head | None
+    labels: Tensor
+    sequence: Tensor
+    origins: tuple[Origin, ...]
+    state: State
+
+    def only(self, origins: frozenset[Origin]) -> "Scored":
+        """The target tokens of the sequences that have one of ``origins``."""
+        if origins.issuperset(self.origins):
+            return self
+        kept = torch.tensor([o in origins for o in self.origins], device=self.labels.device)[self.sequence]
+        return replace(
+            self,
+            student=self.student._replace(hidden=self.student.hidden[kept]),
+            teacher=self.teacher and self.teacher._replace(hidden=self.teacher.hidden[kept]),
+            labels=self.labels[kept],
+            sequence=self.sequence[kept],
+        )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The student and, where there is one, the frozen teacher, with what is needed to read rows with them."""
+
+    student: nn.Module
+    teacher: nn.Module | None
+    read_student: HeadReader
+    read_teacher: HeadReader | None
+    num_tokens: int
+    pad_id: int
+    device: torch.device
+
+    def score(self, examples: Sequence[Example], state: State, *, with_teacher: bool, autocast: Any = None) -> Scored:
+        """Let the models read ``examples``. ``autocast`` is a context for the student's forward."""
+        batch = collate(examples, self.pad_id).to(self.device)
+        target = batch.labels != IGNORE
+        with autocast or torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
+            student = self.read_student(self.student, batch)
+        teacher = None
+        if with_teacher:
+            assert self.teacher is not None and self.read_teacher is not None
+            reads = collate(examples, self.pad_id, reader="teacher").to(self.device)
+            with torch.no_grad():
+                teacher = _one_dtype(self.read_teacher(self.teacher, reads)).narrow(self.num_tokens)
+        return Scored(
+            student=_one_dtype(student).narrow(self.num_tokens),
+            teacher=teacher,
+            labels=batch.labels[target],
+            sequence=target.nonzero()[:, 0],
+            origins=tuple(e.origin for e in examples),
+            state=state,
+        )
+
+
+def _one_dtype(head: Head) -> Head:
+    # Under mixed precision the hidden states are bfloat16 and the weights float32.
+    if head.weight is None or head.weight.dtype == head.hidden.dtype:
+        return head
+    bias = None if head.bias is None else head.bias.to(head.hidden.dtype)
+    return head._replace(weight=head.weight.to(head.hidden.dtype), bias=bias)
