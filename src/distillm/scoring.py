@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,12 +52,11 @@ class Pair:
     pad_id: int
     device: torch.device
 
-    def score(self, examples: Sequence[Example], state: State, *, with_teacher: bool, autocast: Any = None) -> Scored:
-        """Let the models read ``examples``. ``autocast`` is a context for the student's forward."""
+    def score(self, examples: Sequence[Example], state: State, *, with_teacher: bool) -> Scored:
+        """Let the models read ``examples``; gradients, where they are on, reach the student alone."""
         batch = collate(examples, self.pad_id).to(self.device)
         target = batch.labels != IGNORE
-        with autocast or torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
-            student = self.read_student(self.student, batch)
+        student = self.read_student(self.student, batch)
         teacher = None
         if with_teacher:
             assert self.teacher is not None and self.read_teacher is not None

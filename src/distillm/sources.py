@@ -73,14 +73,14 @@ def off_policy(
     buffer: ReplayBuffer,
     *,
     probability: Schedule,
-    fresh: Schedule,
+    replay_ratio: Schedule,
     seed: int,
     fill_first: bool = False,
     train_on_fresh: bool = False,
 ) -> Source:
     """Student rows with the scheduled probability, most of them replayed; dataset rows otherwise.
 
-    One ``u ~ U(0, 1)`` decides both: with ``u < probability * fresh`` the current student answers the step's prompts
+    One ``u ~ U(0, 1)`` decides both: with ``u < probability * replay_ratio`` the current student answers the step's prompts
     into the buffer; with ``u < probability`` the step trains on a sample of the buffer (arXiv:2402.03898, algorithm 1).
     A buffer with less than a batch is filled first. ``fill_first`` generates until it is full and ``train_on_fresh``
     trains on the new rows themselves, as the authors' code does.
@@ -88,7 +88,7 @@ def off_policy(
 
     def source(state: State) -> Draw:
         rng = keyed(seed, "replay", state.step)
-        u, phi, ratio = rng.random(), probability(state), fresh(state)
+        u, phi, ratio = rng.random(), probability(state), replay_ratio(state)
         drawn = data(state)
         if u < phi:
             size = len(drawn.rows)
@@ -100,8 +100,12 @@ def off_policy(
             else:
                 rows = rng.sample(list(buffer.rows), min(size, len(buffer)))
                 drawn = Draw(rows, "generated" if generated else "replayed")
-        figures = {"probability": phi, "replay_ratio": 1 - ratio}
-        figures |= {"buffer": len(buffer), "buffer_age": buffer.age(state.step)}
+        figures = {
+            "probability": phi,
+            "replay_ratio": ratio,
+            "buffer": len(buffer),
+            "buffer_age": buffer.age(state.step),
+        }
         return Draw(drawn.rows, drawn.batch, figures)
 
     return source

@@ -1,0 +1,259 @@
+"""A ``Run`` becomes objects: models, rows, method, optimizer."""
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import methods, sources
+from .config import Data, Run
+from .data import InstructionTask, read_rows, text_examples
+from .errors import ConfigError, DataError, ModelError
+from .generation import Sampling, generate
+from .methods import Context, Method
+from .models import freeze, head_of, load_model, load_tokenizer, shrink
+from .scoring import Pair
+from .sources import ReplayBuffer
+from .teacher import Responses
+from .train import parameter_groups
+from .types import Example, State
+from .vocabulary import end_ids, padded_note, shared_tokens
+
+Note = Callable[[str], None]
+
+
+@dataclass
+class Rows:
+    """The rows of one purpose: tokenised, and their references by row id."""
+
+    examples: list[Example]
+    references: dict[str, list[str]]
+
+
+@dataclass
+class Models:
+    """Both models, the tokenizer they share, and what reading and generating with them needs."""
+
+    tokenizer: PreTrainedTokenizerBase
+    student: PreTrainedModel
+    teacher: PreTrainedModel | None
+    pair: Pair
+    end_ids: tuple[int, ...]
+
+
+def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
+    """Load and check the student and, where the run has one, the teacher.
+
+    Raises:
+        ModelError: a model cannot be loaded, or the two do not share a tokenizer.
+    """
+    teacher, teacher_tokenizer = None, None
+    if run.teacher is not None:
+        note(f"loading the teacher {run.teacher.path}")
+        teacher = freeze(_load(run.teacher, accelerator, run.seed))
+        teacher_tokenizer = _tokenizer(run.teacher, None)
+    given = run.student
+    if given.layers is not None:
+        assert teacher is not None
+        student = shrink(teacher, given.layers, dropout=given.dropout).to(getattr(torch, given.dtype))  # pyright: ignore[reportArgumentType]
+    else:
+        student = _load(given, accelerator, run.seed, teacher_tokenizer)
+    tokenizer = _tokenizer(given, teacher_tokenizer)
+    num_tokens = shared_tokens(tokenizer, teacher_tokenizer or tokenizer)
+    for name, model in (("student", student), ("teacher", teacher)):
+        size = model.get_input_embeddings().weight.shape[0] if model is not None else num_tokens
+        if cast(int, size) < num_tokens:
+            raise ModelError(f"the {name} has {size} embeddings, fewer than the {num_tokens} tokens of its tokenizer")
+    if teacher is not None:
+        said = padded_note(_vocabulary(student), _vocabulary(teacher), num_tokens)
+        if said:
+            note(said)
+    if run.train.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    student.requires_grad_(True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read_student, read_teacher = head_of(student), None if teacher is None else head_of(teacher)
+    for warning in caught:
+        note(str(warning.message))
+    pair = Pair(
+        student=student,
+        teacher=teacher,
+        read_student=read_student,
+        read_teacher=read_teacher,
+        num_tokens=num_tokens,
+        pad_id=cast(int, tokenizer.pad_token_id),
+        device=accelerator.device,
+    )
+    ends = end_ids(student, tokenizer)
+    if teacher is not None:
+        ends = tuple(dict.fromkeys((*ends, *end_ids(teacher, tokenizer))))
+    return Models(tokenizer, student, teacher, pair, ends)
+
+
+def load_rows(run: Run, models: Models, note: Note) -> tuple[Rows, Rows, dict[str, Rows]]:
+    """Training, validation and test rows, tokenised.
+
+    Raises:
+        DataError: a file is missing, malformed, or has no usable row.
+    """
+    data = run.data
+    train = tokenised(data, data.train, models, note, limit=data.limit)
+    if data.validation is not None:
+        validation = tokenised(data, data.validation, models, note, limit=data.validation_size)
+    else:
+        held = min(data.validation_size, len(train.examples) // 5)
+        if not held:
+            raise DataError(f"{data.train} has too few rows to hold some out; give data.validation")
+        order = sources.keyed(run.seed, "holdout").sample(train.examples, len(train.examples))
+        validation = Rows(order[:held], train.references)
+        kept = {example.id for example in order[held:]}
+        train = Rows([e for e in train.examples if e.id in kept], train.references)
+        note(f"{held} rows of {data.train} are held out for validation")
+    limit = run.evaluation.limit
+    tests = {name: tokenised(data, source, models, note, limit=limit) for name, source in data.test.items()}
+    return train, validation, tests
+
+
+def tokenised(data: Data, source: str, models: Models, note: Note, limit: int | None) -> Rows:
+    """The first ``limit`` rows of ``source``, as the run's task reads them."""
+    task = InstructionTask(template=data.template, system=data.system, **_fields(data))
+    rows = read_rows(source)[:limit]
+    ids, name = range(len(rows)), Path(source).stem
+    examples, report = task.examples(
+        rows,
+        models.tokenizer,
+        max_prompt=data.max_prompt,
+        max_length=data.max_length,
+        end_id=cast(int, models.tokenizer.eos_token_id),
+        source=name,
+    )
+    note(f"{source}: {report}")
+    return Rows(examples, {f"{name}:{i}": task.references(rows[i], row_id=f"{name}:{i}") for i in ids})
+
+
+def answered(run: Run, rows: Rows, models: Models, responses: Responses, *, keep: bool = False) -> Rows:
+    """``rows`` with the teacher's responses, if the run asks for them or, with ``keep``, where a row has none."""
+    asked = run.data.responses == "teacher"
+    wanted = [e for e in rows.examples if asked and not (keep and rows.references[e.id])]
+    if not wanted:
+        bare = next((e.id for e in rows.examples if not rows.references[e.id]), None)
+        if bare is not None:
+            raise DataError(
+                f"{bare} has no response. Give one in the data, or let the teacher write all of them: "
+                "data.responses=teacher"
+            )
+        return rows
+    written = {e.id: e for e in responses(wanted)}
+    texts = models.tokenizer.batch_decode([e.response for e in written.values()], skip_special_tokens=True)
+    references = {id: [text.strip()] for id, text in zip(written, cast(list[str], texts), strict=True)}
+    return Rows([written.get(e.id, e) for e in rows.examples], rows.references | references)
+
+
+def make_method(run: Run, models: Models, train: Sequence[Example], buffer: ReplayBuffer) -> Method:
+    """The run's method over ``train``, plain text included."""
+    sampling = make_sampling(run)
+
+    def student_answers(prompts: Sequence[Example], state: State) -> list[Example]:
+        return generate(
+            models.student,
+            prompts,
+            sampling,
+            pad_id=models.pair.pad_id,
+            end_ids=models.end_ids,
+            num_tokens=models.pair.num_tokens,
+            seed=run.seed,
+            step=state.step,
+            batch_size=run.generation.batch_size,
+        )
+
+    data = sources.dataset(train, run.train.batch_size, run.seed)
+    settings = run.method.model_dump(exclude={"name", "capacity", "trigger"}, exclude_none=True)
+    context = Context(data, student_answers, buffer, run.seed)
+    method = methods.METHODS[run.method.name](context, **settings)
+    if run.data.text is None or run.data.text_weight == 0:
+        return method
+    ends = cast(int, models.tokenizer.eos_token_id)
+    text = text_examples(run.data.text, models.tokenizer, length=run.data.text_length, end_id=ends)
+    return methods.with_text(method, sources.dataset(text, run.train.batch_size, run.seed + 1), run.data.text_weight)
+
+
+def make_sampling(run: Run, temperature: float | None = None) -> Sampling:
+    """The run's decoding settings."""
+    given = run.generation.model_dump(exclude={"batch_size"})
+    return Sampling(**given | ({} if temperature is None else {"temperature": temperature}))
+
+
+def make_optimizer(run: Run, student: PreTrainedModel) -> torch.optim.AdamW:
+    """AdamW; the learning rate is set at each step."""
+    groups = parameter_groups(student, run.optim.weight_decay)
+    return torch.optim.AdamW(groups, lr=run.optim.lr, betas=run.optim.betas, eps=run.optim.eps)
+
+
+def make_accelerator(run: Run) -> Accelerator:
+    """The device, precision and tracker of a run; seeds the global generators (dropout).
+
+    Raises:
+        ConfigError: the device is not there, or the tracker is not installed.
+    """
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no CUDA device here; use device=auto or device=cpu")
+    if run.device == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device=mps, but torch sees no Apple GPU here; use device=auto or device=cpu")
+    if run.tracker != "none" and importlib.util.find_spec(run.tracker) is None:
+        raise ConfigError(f"tracker={run.tracker}, but it is not installed: pip install {run.tracker}")
+    AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
+    accelerator = Accelerator(
+        cpu=run.device == "cpu",
+        mixed_precision="no" if run.train.mixed_precision == "none" else run.train.mixed_precision,
+        log_with=None if run.tracker == "none" else run.tracker,
+        project_dir=run.output,
+    )
+    set_seed(run.seed)
+    return accelerator
+
+
+def _fields(data: Data) -> dict[str, Any]:
+    roles = {"instruction": "instruction", "input": "input", "output": "output"}
+    return {"fields": roles | data.fields}
+
+
+def _load(given: Any, accelerator: Accelerator, seed: int, tokenizer: Any = None) -> PreTrainedModel:
+    config = getattr(given, "config", None)
+    if config is not None and tokenizer is None:
+        tokenizer = _tokenizer(given, None)
+    if config is not None:
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        config = {"vocab_size": len(tokenizer), **ids, "pad_token_id": tokenizer.pad_token_id, **config}
+    return load_model(
+        given.path,
+        config=config,
+        gguf_file=given.gguf_file,
+        dtype=given.dtype,
+        device=accelerator.device,
+        dropout=getattr(given, "dropout", None),
+        seed=seed,
+        trust_remote_code=given.trust_remote_code,
+    )
+
+
+def _tokenizer(given: Any, other: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    source = given.tokenizer or given.path
+    if source is None:
+        if other is None:
+            raise ConfigError("student.tokenizer is missing: a student built from a configuration needs one")
+        return other
+    gguf = given.gguf_file if source == given.path else None
+    return load_tokenizer(source, gguf_file=gguf, trust_remote_code=given.trust_remote_code)
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return cast(int, model.get_input_embeddings().weight.shape[0])

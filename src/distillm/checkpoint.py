@@ -1,0 +1,190 @@
+"""Everything a run needs to continue, in safetensors and JSON, each checkpoint there whole or not at all."""
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .errors import StorageError
+from .sources import ReplayBuffer
+from .types import Example, State
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in ``folder``, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)) if folder.is_dir() else []
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of optimizer steps that ``checkpoint`` was made after."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A scratch folder that becomes ``target`` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        StorageError: writing failed, as on a full disk; what stood at ``target`` before is untouched.
+    """
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        for path in scratch.rglob("*"):
+            _flush(path)
+        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        if target.exists():
+            os.replace(target, old)
+        os.replace(scratch, target)
+        _flush(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"could not write {target}: {error}. Nothing that was saved before is lost.") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` in one stroke."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        _flush(scratch)
+        os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise StorageError(f"could not write {path}: {error}. Nothing that was saved before is lost.") from error
+
+
+def save_checkpoint(
+    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, state: State, buffer: ReplayBuffer, extra: Any
+) -> Path:
+    """Write ``folder/step-N``. ``extra`` is JSON that the caller gets back from ``load_checkpoint``."""
+    target = folder / f"step-{state.step:08d}"
+    with written_aside(target) as scratch:
+        save_file(_student_tensors(student), scratch / "student.safetensors")
+        tensors, layout = _flatten_optimizer(optimizer)
+        save_file(tensors, scratch / "optimizer.safetensors")
+        save_file(_generators(), scratch / "generators.safetensors")
+        saved = {
+            "state": asdict(state),
+            "optimizer": layout,
+            "python_random": random.getstate(),
+            "numpy_random": _numpy_position(),
+            "buffer": [asdict(row) for row in buffer.rows],
+            "threads": torch.get_num_threads(),
+            "extra": extra,
+        }
+        (scratch / "state.json").write_text(json.dumps(saved), encoding="utf-8")
+    return target
+
+
+def load_checkpoint(
+    checkpoint: Path, student: nn.Module, optimizer: torch.optim.Optimizer, state: State, buffer: ReplayBuffer
+) -> dict[str, Any]:
+    """Put everything back as it was when ``checkpoint`` was made; returns ``extra`` and the thread count.
+
+    Raises:
+        StorageError: a file of the checkpoint is missing or damaged.
+    """
+    try:
+        saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(checkpoint / "student.safetensors")
+        moments = load_file(checkpoint / "optimizer.safetensors")
+        generators = load_file(checkpoint / "generators.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise StorageError(f"{checkpoint} is damaged: {error}. Delete it to go on from the one before.") from error
+    load_student(student, tensors)
+    _restore_optimizer(optimizer, moments, saved["optimizer"])
+    state.step, state.total_steps, state.validation = (saved["state"][k] for k in ("step", "total_steps", "validation"))
+    buffer.rows.clear()
+    buffer.rows.extend(Example(**row) for row in saved["buffer"])
+    version, internal, gauss = saved["python_random"]
+    random.setstate((version, tuple(internal), gauss))
+    _restore_generators(generators, saved["numpy_random"])
+    return {"extra": saved["extra"], "threads": saved["threads"]}
+
+
+def _student_tensors(student: nn.Module) -> dict[str, Tensor]:
+    # Tied weights are one tensor under two names, which safetensors refuses: the first name keeps it.
+    seen: dict[int, str] = {}
+    return {
+        name: tensor.detach().contiguous()
+        for name, tensor in student.state_dict().items()
+        if seen.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name) == name
+    }
+
+
+def load_student(student: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load what ``save_checkpoint`` kept of a student."""
+    wanted = _student_tensors(student)
+    if wanted.keys() != tensors.keys():
+        odd = sorted(wanted.keys() ^ tensors.keys())[0]
+        raise StorageError(f"the checkpoint is of another model: {odd} is only in one of them")
+    student.load_state_dict(tensors, strict=False)
+
+
+def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
+    saved = optimizer.state_dict()
+    tensors = {f"{i}/{key}": value for i, entry in saved["state"].items() for key, value in entry.items()}
+    return {name: value.contiguous() for name, value in tensors.items()}, saved["param_groups"]
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: Any) -> None:
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split("/", 1)
+        entries.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def _generators() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda/{i}": value for i, value in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    keys = cast(np.ndarray, np.random.get_state(legacy=False)["state"]["key"])  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return states | {"numpy": torch.from_numpy(keys.astype(np.int64))}
+
+
+def _numpy_position() -> dict[str, Any]:
+    state = cast(dict[str, Any], np.random.get_state(legacy=False))
+    return {"pos": int(state["state"]["pos"]), "has_gauss": state["has_gauss"], "gauss": state["gauss"]}
+
+
+def _restore_generators(tensors: dict[str, Tensor], numpy_position: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["cpu"])
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            if f"cuda/{i}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"cuda/{i}"], i)
+    if "mps" in tensors and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(tensors["mps"])
+    keys = tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, numpy_position["pos"], numpy_position["has_gauss"], numpy_position["gauss"]))
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to put ``path`` on the disk, so that a power cut after the rename cannot empty it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,314 @@
+"""The command line. Heavy modules are imported inside the commands, so that help is quick."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+
+from . import __version__
+from .config import Run, load_run, make_run, read_yaml, recipes
+from .errors import ConfigError, DataError, DistillmError
+
+if TYPE_CHECKING:
+    from .build import Models
+
+EXIT_CODES = """
+Exit codes: 0 done · 1 a defect of distillm (with a traceback; please report it) · 2 a setting, file or model cannot be
+used · 3 training diverged · 4 a file could not be written or read back · 130 stopped by Ctrl-C.
+"""
+
+app = typer.Typer(
+    name="distillm",
+    help="Distil a large language model into a small one.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    rich_markup_mode=None,
+)
+recipes_app = typer.Typer(help="The shipped recipes: a YAML file for each experiment.", invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes")
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted name.")]
+MaxNew = Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")]
+Template = Annotated[str | None, typer.Option(help="alpaca, chat, or a Jinja template; a run's own unless given.")]
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"distillm {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    source: Annotated[str, typer.Argument(metavar="YAML|RECIPE|RUN", help="A YAML file, a recipe, or a run folder.")],
+    overrides: Overrides = None,
+) -> None:
+    """Distil: train a student, score it, and write the run folder with its report.
+
+    \b
+    distillm train run.yaml
+    distillm train run.yaml optim.lr=1e-4 method.alpha=0.2 output=runs/second
+    distillm train runs/second resume=auto      goes on where an interrupted run stopped
+    distillm train run.yaml method.name=kd      another method (sft, kd, distillm) on the same data
+
+    Every setting, its default and meaning: `distillm schema`. A working file to start from: `distillm recipes show demo`.
+    """
+    run = load_run(source, overrides or [])
+    if Path(source).is_dir() and not any(o.startswith("output=") for o in overrides or []):
+        run = run.model_copy(update={"output": source})
+    from .display import Display
+    from .pipeline import distill
+
+    display = Display()
+    folder = distill(run, display, "distillm " + " ".join(sys.argv[1:]))
+    if list((folder / "eval").glob("*.json")):
+        _show_comparison([folder])
+
+
+@app.command("eval")
+def evaluate_command(
+    source: Annotated[str | None, typer.Argument(metavar="[RUN|MODEL]", help="A run folder, model folder or hub name.")] = None,
+    data: Annotated[str | None, typer.Option(help="Rows with references: a file, a folder or a datasets name.")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Score these texts instead: JSON Lines with `prediction` and `references`.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Decoding seeds.")] = "10,20,30,40,50",
+    teacher: Annotated[str | None, typer.Option(help="Also measure the divergence to this teacher.")] = None,
+    template: Template = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; a run's own unless given.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response; a run's own unless given.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows generated at a time.")] = 32,
+    output: Annotated[Path | None, typer.Option(help="Where the scores and predictions go, as JSON.")] = None,
+) -> None:
+    """Score a model, a run, or given predictions: ROUGE-L, exact match, length and, with a teacher, divergence."""
+    if predictions is not None:
+        from .data import read_rows
+        from .evaluation import score_predictions
+
+        result = score_predictions(read_rows(str(predictions)), predictions.name)
+        name = predictions.stem
+    elif source is None or data is None:
+        raise ConfigError("give a run or model and --data FILE, or --predictions FILE")
+    else:
+        asked = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        run = _run_for(source, data, teacher, template, {k: v for k, v in asked.items() if v is not None})
+        try:
+            chosen = [int(seed) for seed in seeds.split(",")]
+        except ValueError as error:
+            raise ConfigError(f"--seeds {seeds}: write whole numbers with commas, such as 10,20,30") from error
+        from .pipeline import score
+
+        result, name = score(run, data, chosen, limit, batch_size), Path(data).stem
+    if output is None and source is not None and (Path(source) / "run.yaml").is_file():
+        output = Path(source) / "eval" / f"{name}-student.json"
+    if output is not None:
+        from .checkpoint import write_text
+
+        output.parent.mkdir(parents=True, exist_ok=True)
+        head = {"data": name, "system": "student", "model": source}
+        write_text(output, json.dumps(head | result, ensure_ascii=False, indent=1))
+    _show_scores(result, output)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A model folder, run folder, GGUF file or hub name.")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="Instructions to answer.")] = None,
+    file: Annotated[str | None, typer.Option(help="Rows to answer instead (JSON Lines, CSV, Parquet).")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write JSON Lines here instead of printing.")] = None,
+    template: Template = None,
+    max_new_tokens: MaxNew = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+) -> None:
+    """Let a model answer prompts."""
+    from .data import read_rows
+    from .pipeline import respond
+
+    rows = read_rows(file) if file else [{"instruction": prompt} for prompt in prompts or []]
+    if not rows:
+        raise ConfigError("give one or more prompts, or --file FILE")
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    run = _run_for(model, "prompts", None, template, settings).model_copy(update={"seed": seed})
+    answers = respond(run, rows)
+    if output is not None:
+        from .checkpoint import write_text
+
+        write_text(output, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        return
+    for answer in answers:
+        typer.echo(f"> {answer['instruction']}\n{answer['response']}\n")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the table (.md or .csv).")] = None,
+) -> None:
+    """Print a table over runs: scores with their spread, divergence, steps and time."""
+    _show_comparison(runs)
+    if output is not None:
+        from .checkpoint import write_text
+        from .report import as_csv, as_markdown, compare_table
+
+        renderers = {".md": as_markdown, ".csv": as_csv}
+        if output.suffix not in renderers:
+            raise ConfigError(f"{output}: the ending says the format; write .md or .csv")
+        write_text(output, renderers[output.suffix](compare_table(runs)))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The HTML file.")] = None,
+) -> None:
+    """Write one self-contained HTML page over one or more runs."""
+    from .report import write_report
+
+    target = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    typer.echo(write_report(runs, target))
+
+
+@app.command()
+def shrink(
+    teacher: Annotated[str, typer.Argument(help="A model folder, GGUF file or hub name.")],
+    output: Annotated[Path, typer.Argument(help="The student's folder.")],
+    layers: Annotated[str, typer.Option(help="How many layers to keep (8), or which ones (0,4,9).")],
+    trust_remote_code: Annotated[bool, typer.Option(help="Let the model folder run its own code.")] = False,
+) -> None:
+    """Initialise a student from some of a teacher's layers, as an ordinary model folder."""
+    try:
+        wanted = [int(part) for part in layers.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--layers {layers}: write a number (8) or indices with commas (0,4,9)") from error
+    from .pipeline import shrink_to
+
+    typer.echo(shrink_to(teacher, output, wanted if "," in layers else wanted[0], trust_remote_code))
+
+
+@app.command()
+def tokenizer(
+    files: Annotated[list[str], typer.Argument(help="Text, JSON Lines, CSV or Parquet files.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The tokenizer's folder.")],
+    size: Annotated[int, typer.Option(min=1, help="Entries of the vocabulary.")] = 8000,
+    model: Annotated[str, typer.Option(help="bpe or unigram.")] = "bpe",
+) -> None:
+    """Train a tokenizer on your own data, for small models from scratch."""
+    from .checkpoint import written_aside
+    from .data import all_texts
+    from .vocabulary import train_tokenizer
+
+    if model not in ("bpe", "unigram"):
+        raise ConfigError(f"--model {model}: bpe or unigram")
+    trained = train_tokenizer(all_texts(files), model=model, size=size)
+    with written_aside(output) as scratch:
+        trained.save_pretrained(scratch)
+    typer.echo(f"{output}: {len(trained)} tokens")
+
+
+@recipes_app.callback()
+def _list_recipes(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        for name, path in recipes().items():
+            first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+            typer.echo(f"{name:28} {first}")
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="A name from `distillm recipes`.")]) -> None:
+    """Print a recipe, to be saved as your own run.yaml."""
+    read_yaml(name)
+    text = recipes()[name].read_text(encoding="utf-8")
+    console = Console()
+    console.print(Syntax(text, "yaml", background_color="default") if console.is_terminal else text, end="", soft_wrap=True)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration, so that an editor completes and explains the YAML."""
+    typer.echo(json.dumps(Run.model_json_schema(), indent=2))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the runs and the report go.")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="At most two minutes: fewer steps, worse students.")] = False,
+    teacher: Annotated[str | None, typer.Option(help="Another teacher: a folder, GGUF file or hub name.")] = None,
+) -> None:
+    """Distil a real pretrained teacher into a third of its layers, in minutes, and compare with fine-tuning."""
+    from .demo import run_demo
+    from .display import Display
+
+    run_demo(output, Display(), quick=quick, teacher=teacher)
+
+
+def _run_for(source: str, data: str, teacher: str | None, template: str | None, generation: dict[str, Any]) -> Run:
+    """The settings to read ``data`` with: those of a run folder, or plain ones for a model."""
+    folder = Path(source)
+    if (folder / "run.yaml").is_file():
+        if not (folder / "student").is_dir():
+            raise DataError(f"{folder} has no student yet: the run has not ended. Go on with it by resume=auto")
+        settings = read_yaml(source)
+        settings["student"] = {"path": str(folder / "student")}
+        settings["data"] |= {"train": data, "test": {}}
+        settings["generation"] |= generation
+        if "temperature" in generation:
+            settings["evaluation"]["temperature"] = None
+    else:
+        settings: dict[str, Any] = {"student": {"path": source}, "generation": generation, "data": {"train": data}}
+    if teacher is not None:
+        settings["teacher"] = {"path": teacher}
+    if template is not None:
+        settings["data"]["template"] = template
+    if settings.get("teacher") is None:
+        settings["method"] = {"name": "sft"}
+    return make_run(settings, source=source)
+
+
+def _show_comparison(runs: Sequence[Path]) -> None:
+    from .report import compare_table, table_cells
+
+    header, body = table_cells(compare_table(runs))
+    table = Table(*header)
+    for cells in body:
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def _show_scores(result: dict[str, Any], output: Path | None) -> None:
+    table = Table("Score", "Mean", "± std", title=f"{result['num_rows']} rows, {len(result['seeds'])} seed(s)")
+    for name, score in cast(dict[str, Any], result["scores"]).items():
+        table.add_row(name, f"{score['mean']:.2f}", f"{score['std']:.2f}")
+    console = Console()
+    console.print(table)
+    if output is not None:
+        console.print(f"scores and predictions: {output}")
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is said without a traceback."""
+    try:
+        app()
+    except DistillmError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("stopped at once; the newest checkpoint stands", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if "OutOfMemoryError" not in type(error).__name__:
+            raise
+        typer.echo("error: out of memory. Lower train.micro_batch_size (the result stays the same).", err=True)
+        sys.exit(2)

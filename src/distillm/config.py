@@ -1,0 +1,425 @@
+"""``Run``: the one validated configuration, from YAML and dotted overrides. Never imports torch."""
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ValidationError, model_validator
+
+from .errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+DivergenceName = Literal[
+    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "symmetric_kl"
+]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of the configuration; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Model(Section):
+    """A causal language model."""
+
+    path: str | None = None
+    """A model folder, a hub name, or a GGUF file."""
+    gguf_file: str | None = None
+    """The GGUF file inside `path`."""
+    tokenizer: str | None = None
+    """Where the tokenizer is, if not with the model."""
+    dtype: Dtype = "float32"
+    """The type of the weights. Training in float32 with train.mixed_precision is the safe choice for a student."""
+    trust_remote_code: bool = False
+    """Let the model folder run its own Python code. Only for authors you trust."""
+
+
+class Student(Model):
+    """The model that is trained: exactly one of `path`, `config` and `layers`."""
+
+    config: dict[str, Any] | None = None
+    """A transformers configuration to build the student from, such as {model_type: llama, hidden_size: 256}."""
+    layers: PositiveInt | list[NonNegativeInt] | None = None
+    """Initialise the student with so many of the teacher's layers, evenly spaced, or with these ones."""
+    dropout: Fraction | None = None
+    """Every dropout of the model; unset leaves the model's own."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Student":
+        given = [name for name in ("path", "config", "layers") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"give exactly one of path, config and layers (found {found})")
+        return self
+
+
+class Data(Section):
+    """Where the rows are and how they are read."""
+
+    train: str
+    """JSON Lines, CSV or Parquet file, saved dataset folder, or `datasets` name."""
+    validation: str | None = None
+    """Rows for validation; unset holds `validation_size` rows of `train` out."""
+    validation_size: PositiveInt = 100
+    """How many rows validation uses at most."""
+    test: dict[str, str] = {}
+    """Rows scored at the end, by a name of your choice: {dolly: data/dolly/test.jsonl}."""
+    limit: PositiveInt | None = None
+    """Use only the first rows of `train`."""
+    template: str = "alpaca"
+    """`alpaca`, `chat` (the tokenizer's own chat template), or a Jinja template that sees the row's fields."""
+    system: str | None = None
+    """A system message, with the chat template."""
+    fields: dict[str, str] = {}
+    """Your names for the fields: {instruction: question, output: answer}."""
+    max_prompt: PositiveInt = 256
+    """Longest prompt in tokens; a longer one is cut inside its text, so that the template stays whole."""
+    max_length: PositiveInt = 512
+    """Longest prompt and response together, in tokens."""
+    responses: Literal["dataset", "teacher"] = "dataset"
+    """Who wrote the responses: the dataset, or the teacher (once, before training). Test rows keep their own."""
+    responses_file: str | None = None
+    """Where the teacher's responses are kept; responses.jsonl in the run folder unless set. Reused if it is there."""
+    responses_temperature: NonNegativeFloat = 0.0
+    """How the teacher writes them; 0 is greedy."""
+    text: str | None = None
+    """A plain-text corpus for the language-model loss (.txt, or JSON Lines with a field `text`)."""
+    text_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens per row of plain text."""
+    text_weight: NonNegativeFloat = 1.0
+    """Weight of the language-model loss on plain text."""
+
+    @model_validator(mode="after")
+    def _lengths(self) -> "Data":
+        if self.max_prompt >= self.max_length:
+            raise ValueError(f"max_prompt ({self.max_prompt}) must be below max_length ({self.max_length})")
+        unknown = sorted(self.fields.keys() - {"instruction", "input", "output"})
+        if unknown:
+            raise ValueError(f"fields: {unknown[0]} is not a field of the task (instruction, input, output)")
+        return self
+
+
+class Sft(Section):
+    """Supervised fine-tuning: cross-entropy on the responses."""
+
+    name: Literal["sft"] = "sft"
+
+
+class Skewed(Section):
+    """The divergence between teacher p and student q."""
+
+    divergence: DivergenceName
+    """The divergence, teacher first."""
+    alpha: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Skew of skew_kl and skew_reverse_kl (0.1 unless set): the weight of the first argument inside the mixture."""
+    beta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Mixing weight of jsd (0.5 unless set)."""
+    weight: Fraction | None = None
+    """Share of the reverse KL in symmetric_kl (0.5 unless set)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Skewed":
+        owners = {"alpha": ("skew_kl", "skew_reverse_kl"), "beta": ("jsd",), "weight": ("symmetric_kl",)}
+        for name, divergences in owners.items():
+            if getattr(self, name) is not None and self.divergence not in divergences:
+                raise ValueError(f"{name} belongs to {' and '.join(divergences)}, not to {self.divergence}")
+        return self
+
+
+class Kd(Skewed):
+    """Knowledge distillation on the dataset's responses."""
+
+    name: Literal["kd"] = "kd"
+    divergence: DivergenceName = "forward_kl"
+    """The divergence, teacher first; KL(p||q) as published."""
+    kd_weight: Fraction = 1.0
+    """Weight of the divergence; the rest is cross-entropy."""
+
+
+class Distillm(Skewed):
+    """DistiLLM: a skew KL on adaptively chosen, mostly replayed student responses (arXiv:2402.03898)."""
+
+    name: Literal["distillm"] = "distillm"
+    divergence: DivergenceName = "skew_kl"
+    """skew_kl or skew_reverse_kl as published; any other as an ablation."""
+    initial_probability: Fraction = 0.0
+    """The probability of training on student responses, at first."""
+    increment: Fraction = 0.1
+    """How much it is raised when validation gets worse."""
+    tolerance: NonNegativeFloat = 0.1
+    """How much worse validation must get, in units of what `trigger` monitors."""
+    reference: Literal["previous", "last_increase", "best"] = "previous"
+    """What validation is compared with: the one before (the paper), the last raise (the authors' code), the best."""
+    trigger: Literal["validation_loss", "validation_divergence", "rouge_l"] = "validation_loss"
+    """What is monitored; a fall of rouge_l counts as worse."""
+    capacity: PositiveInt = 1000
+    """Rows of the replay buffer."""
+    replay_ratio: Literal["decreasing", "constant", "increasing"] = "decreasing"
+    """The share of student steps that generate anew: 1 - t/T, 0.5, or t/T. The others replay."""
+    fill_first: bool = False
+    """Generate at every student step until the buffer is full (the authors' code)."""
+    train_on_fresh: bool = False
+    """Train on the newly generated rows themselves, not on a sample of the buffer (the authors' code)."""
+
+
+Method = Annotated[Sft | Kd | Distillm, Field(discriminator="name")]
+
+
+class Generation(Section):
+    """How responses are sampled, in training and, unless `evaluation` says otherwise, in evaluation."""
+
+    max_new_tokens: PositiveInt = 256
+    """Longest response, in tokens."""
+    temperature: NonNegativeFloat = 1.0
+    """0 is greedy."""
+    top_k: NonNegativeInt = 0
+    """0 is off."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """1 is off."""
+    batch_size: PositiveInt = 32
+    """Rows generated at a time."""
+
+
+class Optim(Section):
+    """AdamW and the learning rate."""
+
+    lr: PositiveFloat = 5e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """The shape after warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+    final_lr: NonNegativeFloat = 1e-7
+    """The learning rate at the last step."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decay of matrices; biases and norms have none."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's averages."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's denominator."""
+
+
+class Train(Section):
+    """How long and in what portions."""
+
+    epochs: PositiveInt | None = None
+    """Passes over the training rows; 1 unless `steps` is given."""
+    steps: PositiveInt | None = None
+    """Optimizer steps, instead of epochs."""
+    batch_size: PositiveInt = 32
+    """Rows per optimizer step."""
+    micro_batch_size: PositiveInt = 8
+    """Rows per forward and backward; lower it when memory runs out. The result does not depend on it."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
+    mixed_precision: Literal["none", "bf16"] = "none"
+    """Compute forward passes in a shorter type."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Train":
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        return self
+
+
+class Validation(Section):
+    """What is measured while training goes on."""
+
+    every: PositiveInt | None = None
+    """Steps between validations; once an epoch unless set."""
+    divergence: DivergenceName = "forward_kl"
+    """The divergence that is reported."""
+    select: Literal["cross_entropy", "divergence", "rouge_l"] = "cross_entropy"
+    """Which validation figure chooses the student that is kept."""
+    rouge_rows: PositiveInt = 50
+    """Rows answered for rouge_l, where something asks for it."""
+    samples: NonNegativeInt = 8
+    """Prompts answered at each validation, for the report."""
+
+
+class Evaluation(Section):
+    """The scoring of test rows, after training and by `distillm eval`."""
+
+    seeds: Annotated[list[int], Field(min_length=1)] = [10, 20, 30, 40, 50]
+    """Decoding seeds; one is enough when greedy."""
+    batch_size: PositiveInt = 32
+    """Rows generated at a time."""
+    limit: PositiveInt | None = None
+    """Score only the first rows."""
+    temperature: NonNegativeFloat | None = None
+    """Instead of generation.temperature; selection by rouge_l uses the same."""
+    compare: bool = True
+    """Score the teacher, and the student as it was before training, as well."""
+
+
+class Checkpoint(Section):
+    """What is kept so that a run can go on."""
+
+    every: PositiveInt | None = None
+    """Steps between checkpoints; at each validation unless set."""
+    keep: PositiveInt = 2
+    """How many of the newest are kept; the best one is kept besides."""
+
+
+class Run(Section):
+    """A whole run. Every key may be overridden on the command line by its dotted name."""
+
+    student: Student
+    teacher: Model | None = None
+    data: Data
+    method: Method = Distillm()
+    """What is trained: sft, kd or distillm."""
+    generation: Generation = Generation()
+    optim: Optim = Optim()
+    train: Train = Train()
+    validation: Validation = Validation()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    output: str = "runs/default"
+    """The run folder."""
+    seed: NonNegativeInt = 0
+    """All draws follow from it."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes cuda, then mps, then cpu."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Also send figures to a tracker."""
+    resume: Literal["never", "auto"] = "never"
+    """auto goes on from the newest checkpoint in `output`, if there is one."""
+    overwrite: bool = False
+    """Delete a run that is already in `output`."""
+    provenance: dict[str, Any] | None = None
+    """Written by the tool into a run's own run.yaml: versions, command, machine. Never read by training."""
+
+    @model_validator(mode="after")
+    def _teacher_is_there(self) -> "Run":
+        reasons = {
+            "method": self.method.name != "sft",
+            "student.layers": self.student.layers is not None,
+            "data.responses": self.data.responses == "teacher",
+            "validation.select": self.validation.select == "divergence",
+        }
+        needs = [name for name, holds in reasons.items() if holds]
+        if needs and (self.teacher is None or self.teacher.path is None):
+            raise ValueError(f"teacher.path is missing, and {needs[0]} needs a teacher")
+        return self
+
+
+def load_run(source: str, overrides: Sequence[str] = ()) -> Run:
+    """A ``Run`` from a YAML file or the name of a recipe, with ``key.path=value`` overrides.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a setting is unknown or out of range.
+    """
+    return make_run(read_yaml(source), overrides, source)
+
+
+def make_run(settings: dict[str, Any], overrides: Sequence[str] = (), source: str = "configuration") -> Run:
+    """A ``Run`` from nested settings; errors name the key, what was given and what is allowed."""
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"{override!r} is not an override; write key.path=value, such as optim.lr=1e-4")
+        try:
+            _set(settings, key.split("."), yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{override!r}: the value is not YAML ({error})") from error
+    try:
+        return Run.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source)) from None
+
+
+def recipes() -> dict[str, Path]:
+    """The shipped recipes by name."""
+    folder = Path(str(resources.files("distillm"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_yaml(source: str) -> dict[str, Any]:
+    """The settings in a YAML file, a run folder, or a recipe."""
+    path = Path(source)
+    if path.is_dir():
+        path = path / "run.yaml"
+    if not path.is_file():
+        known = recipes()
+        if source not in known:
+            near = difflib.get_close_matches(source, [*known, *(str(p) for p in Path().glob("*.y*ml"))], 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"there is no file and no recipe {source}.{hint} `distillm recipes` lists the recipes.")
+        path = known[source]
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} holds no settings; `distillm recipes show demo` prints a working file")
+    return typing.cast(dict[str, Any], settings)
+
+
+def as_yaml(run: Run) -> str:
+    """``run`` as YAML that ``load_run`` reads back, without what only steers one start of it."""
+    return yaml.safe_dump(run.model_dump(exclude={"resume", "overwrite"}), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        inner = settings.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{'.'.join(path)}: {key} is not a section")
+        settings = typing.cast(dict[str, Any], inner)
+    settings[path[-1]] = value
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = [f"{source}: {error.error_count()} setting(s) cannot be used"]
+    for found in error.errors(include_url=False):
+        path = [str(part) for part in found["loc"] if str(part) not in _METHODS]
+        key = ".".join(path)
+        if found["type"] == "extra_forbidden":
+            fields = _fields_at(Run, [str(part) for part in found["loc"][:-1]])
+            lines.append(f"  {key}: no such setting.{_nearest(path[-1], fields)}")
+        elif found["type"] == "missing":
+            lines.append(f"  {key}: missing")
+        elif found["type"] == "union_tag_invalid":
+            given = str(found["input"].get("name"))
+            lines.append(f"  {key}.name: {given!r} is not a method.{_nearest(given, list(_METHODS))}")
+        elif found["type"] == "union_tag_not_found":
+            lines.append(f"  {key}.name: missing. Allowed: {', '.join(_METHODS)}")
+        elif found["type"] == "value_error":
+            lines.append(f"  {key + ': ' if key else ''}{found['msg'].removeprefix('Value error, ')}")
+        else:
+            hint = _nearest(str(found["input"]), []) if found["type"] == "literal_error" else ""
+            lines.append(f"  {key}: {found['msg']}; given: {found['input']!r}{hint}")
+    return "\n".join(lines)
+
+
+def _nearest(given: str, allowed: list[str]) -> str:
+    near = difflib.get_close_matches(given, allowed, 1, cutoff=0.5)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    return f"{meant} Allowed: {', '.join(allowed)}" if allowed else ""
+
+
+_METHODS: dict[str, type[Section]] = {"sft": Sft, "kd": Kd, "distillm": Distillm}
+
+
+def _fields_at(section: type[BaseModel], path: list[str]) -> list[str]:
+    for key in path:
+        if key in _METHODS:
+            section = _METHODS[key]
+            continue
+        kinds = [section.model_fields[key].annotation] if key in section.model_fields else []
+        while kinds and isinstance(kinds[0], types.UnionType):
+            kinds = [kind for kind in typing.get_args(kinds[0]) if kind is not type(None)]
+        if kinds and isinstance(kinds[0], type) and issubclass(kinds[0], BaseModel):
+            section = kinds[0]
+    return list(section.model_fields)

@@ -1,0 +1,119 @@
+"""Score a model, or given predictions, on rows with references."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import DataError
+from ..generation import Sampling, generate, truncated
+from ..types import Example
+from .metrics import score_texts, summary
+
+Result = dict[str, Any]
+"""What is written to ``eval/NAME.json``; see docs/architecture.md."""
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    references: Mapping[str, Sequence[str]],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    *,
+    end_ids: Sequence[int],
+    num_tokens: int,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Let ``model`` answer ``examples`` once per seed and score the answers against ``references`` (by row id).
+
+    Scores are means over rows; their spread is over the decoding seeds, so a greedy decoding has none and is run once.
+    ``progress`` is called with the rows done and the rows in all.
+    """
+    if not examples:
+        raise DataError("there are no rows to evaluate")
+    seeds = seeds[:1] if sampling.temperature == 0 else seeds
+    texts: list[list[str]] = []
+    scores: dict[str, list[float]] = {}
+    wanted = [references[example.id] for example in examples]
+    for number, seed in enumerate(seeds):
+        base, total = number * len(examples), len(seeds) * len(examples)
+        answers = generate(
+            model,
+            examples,
+            sampling,
+            pad_id=cast(int, tokenizer.pad_token_id),
+            end_ids=end_ids,
+            num_tokens=num_tokens,
+            seed=seed,
+            batch_size=batch_size,
+            progress=None if progress is None else lambda done, base=base, total=total: progress(base + done, total),
+        )
+        texts.append(decode(tokenizer, answers))
+        found = score_texts(texts[-1], wanted)
+        found["response_tokens"] = statistics.fmean(len(a.response) for a in answers)
+        found["truncated"] = 100 * statistics.fmean(truncated(a, end_ids) for a in answers)
+        for name, value in found.items():
+            scores.setdefault(name, []).append(value)
+    return {
+        "num_rows": len(examples),
+        "seeds": list(seeds),
+        "decoding": asdict(sampling),
+        "scores": {name: summary(values) for name, values in scores.items()},
+        "predictions": [
+            {
+                "id": example.id,
+                "prompt": tokenizer.decode(example.prompt, skip_special_tokens=True),
+                "references": list(references[example.id]),
+                "predictions": [text[i] for text in texts],
+            }
+            for i, example in enumerate(examples)
+        ],
+    }
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[str]:
+    """The responses as text, without special tokens and outer white space."""
+    return [cast(str, tokenizer.decode(e.response, skip_special_tokens=True)).strip() for e in examples]
+
+
+def score_predictions(rows: Sequence[Mapping[str, Any]], source: str) -> Result:
+    """Score given texts: rows with ``prediction`` (a text, or one per seed) and ``references`` (a text or several).
+
+    ``predictions`` and ``output`` are taken as other names for the two.
+
+    Raises:
+        DataError: a row lacks one of the two, has no reference, or another number of predictions than the first.
+    """
+    predictions = [_texts(row, ("prediction", "predictions"), source, i) for i, row in enumerate(rows)]
+    references = [_texts(row, ("references", "reference", "output"), source, i) for i, row in enumerate(rows)]
+    seeds = len(predictions[0]) if predictions else 0
+    for i, given in enumerate(predictions):
+        if len(given) != seeds:
+            raise DataError(f"{source}, row {i}: {len(given)} predictions, where the first row has {seeds}")
+    if not seeds:
+        raise DataError(f"{source}: there is nothing to score")
+    per_seed = [score_texts([given[s] for given in predictions], references) for s in range(seeds)]
+    return {
+        "num_rows": len(rows),
+        "seeds": list(range(seeds)),
+        "scores": {name: summary([scores[name] for scores in per_seed]) for name in per_seed[0]},
+        "predictions": [
+            {"id": str(row.get("id", f"{source}:{i}")), "references": references[i], "predictions": predictions[i]}
+            for i, row in enumerate(rows)
+        ],
+    }
+
+
+def _texts(row: Mapping[str, Any], names: Sequence[str], source: str, i: int) -> list[str]:
+    for name in names:
+        if name in row:
+            texts: list[Any] = row[name] if isinstance(row[name], list) else [row[name]]
+            if not texts or not all(isinstance(text, str) for text in texts):
+                raise DataError(f"{source}, row {i}: {name} must be a text or a list of texts, and not empty")
+            return cast(list[str], texts)
+    raise DataError(f"{source}, row {i}: no {names[0]}. Fields there: {', '.join(row) or 'none'}")

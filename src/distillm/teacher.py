@@ -1,0 +1,83 @@
+"""The teacher's responses: written once, kept as a file that can be read and reused."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, StorageError
+from .generation import Sampling
+from .types import Example, answer
+
+Write = Callable[[Sequence[Example]], list[Example]]
+
+
+class Responses:
+    """Answers prompts from ``path``, a JSON Lines file, and has those that are not in it written and added.
+
+    The first line says who wrote the file and how; each other one is a prompt's digest, the response as text, and its
+    tokens. Rows are added in portions, so that interrupted work goes on where it stopped.
+
+    Raises:
+        DataError: the file is of another teacher, or of other decoding settings.
+    """
+
+    def __init__(
+        self, path: Path, teacher: str, sampling: Sampling, write: Write, decode: Callable[[list[int]], str], portion: int
+    ):
+        self.path, self.write, self.decode, self.portion = path, write, decode, portion
+        self.header = {"teacher": teacher, "decoding": asdict(sampling)}
+        self.known = self._read()
+
+    def __call__(self, prompts: Sequence[Example]) -> list[Example]:
+        """``prompts`` with the teacher's responses, in order."""
+        missing = [p for p in prompts if _digest(p) not in self.known]
+        for at in range(0, len(missing), self.portion):
+            written = self.write(missing[at : at + self.portion])
+            lines = [
+                {"id": e.id, "prompt": _digest(e), "response": self.decode(e.response), "tokens": e.response}
+                for e in written
+            ]
+            self._append(lines)
+            self.known |= {line["prompt"]: line["tokens"] for line in lines}
+        return [answer(p, self.known[_digest(p)], "teacher") for p in prompts]
+
+    def _read(self) -> dict[str, list[int]]:
+        if not self.path.exists():
+            return {}
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        if not text.endswith("\n"):  # a line torn by a kill is written again
+            text = text[: text.rfind("\n") + 1]
+            self.path.write_text(text, encoding="utf-8")
+        lines = [line for line in text.split("\n") if line]
+        try:
+            entries = [json.loads(line) for line in lines]
+            known = {entry["prompt"]: entry["tokens"] for entry in entries[1:]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.path} is not a file of responses ({error}); delete it to write it anew") from error
+        if entries and entries[0] != self.header:
+            raise DataError(
+                f"{self.path} holds responses of {_shown(entries[0])}, not of {_shown(self.header)}; "
+                "delete it, or choose another file by data.responses_file"
+            )
+        return known
+
+    def _append(self, lines: list[dict[str, Any]]) -> None:
+        try:
+            fresh = not self.path.exists() or self.path.stat().st_size == 0
+            with self.path.open("a", encoding="utf-8") as file:
+                for line in [self.header] * fresh + lines:
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise StorageError(f"could not write {self.path}: {error}") from error
+
+
+def _digest(prompt: Example) -> str:
+    context = prompt.prompt if prompt.teacher_context is None else prompt.teacher_context
+    return hashlib.sha256(json.dumps(context).encode()).hexdigest()[:24]
+
+
+def _shown(header: Any) -> str:
+    return f"{header.get('teacher')} with {header.get('decoding')}" if isinstance(header, dict) else "an unknown origin"

@@ -1,0 +1,151 @@
+"""Vocabularies: the entries two models share, the tokens that end a response, and training a tokenizer."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .errors import DataError, ModelError
+
+PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
+_SPECIAL = [PAD, EOS, UNK]
+_BYTES = 256
+# Lengths are limited by the data settings; this only has to be finite and above them all.
+_NO_LIMIT = 1 << 20
+
+
+def shared_tokens(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of ids that mean something, below which both models' vocabularies are the same.
+
+    Models may be padded beyond it. Raises ModelError, naming the first id that differs, for two different vocabularies.
+    """
+    student = {id_: token for token, id_ in student_tokenizer.get_vocab().items()}
+    teacher = {id_: token for token, id_ in teacher_tokenizer.get_vocab().items()}
+    if student != teacher:
+        first = min(id_ for id_ in student.keys() | teacher.keys() if student.get(id_) != teacher.get(id_))
+        raise ModelError(
+            f"teacher and student have different tokenizers: token {first} is {_shown(teacher, first)} for the teacher "
+            f"and {_shown(student, first)} for the student; give the student the teacher's tokenizer"
+        )
+    if student_tokenizer.eos_token_id != teacher_tokenizer.eos_token_id:
+        raise ModelError(
+            f"teacher and student end their responses differently: the end token is {teacher_tokenizer.eos_token!r} "
+            f"for the teacher and {student_tokenizer.eos_token!r} for the student; give the student the teacher's "
+            "tokenizer"
+        )
+    return max(student, default=-1) + 1
+
+
+def _shown(vocabulary: dict[int, str], id_: int) -> str:
+    return repr(vocabulary[id_]) if id_ in vocabulary else "missing"
+
+
+def padded_note(student_vocab: int, teacher_vocab: int, num_tokens: int) -> str | None:
+    """One line about models padded to different sizes, or None where the sizes are equal.
+
+    Raises ModelError where a model has fewer vocabulary entries than there are tokens.
+    """
+    for name, size in (("teacher", teacher_vocab), ("student", student_vocab)):
+        if size < num_tokens:
+            raise ModelError(
+                f"the {name} knows {size} tokens but its tokenizer has {num_tokens}: use the tokenizer it was "
+                "made with, or give it a vocabulary_size of at least that".replace("vocabulary_size", "vocab_size")
+            )
+    if student_vocab == teacher_vocab:
+        return None
+    return (
+        f"the teacher's vocabulary is padded to {teacher_vocab} entries and the student's to {student_vocab}: "
+        f"the {num_tokens} they share are used, the others left out"
+    )
+
+
+def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token id that ends a response: the generation configuration's, the model's and the tokenizer's.
+
+    Raises ModelError where there is none.
+    """
+    sources = (getattr(model, "generation_config", None), model.config, tokenizer)
+    found: list[int] = []
+    for source in sources:
+        ids: int | list[int] | None = getattr(source, "eos_token_id", None)
+        found += [] if ids is None else [ids] if isinstance(ids, int) else ids
+    if not found:
+        raise ModelError(
+            "no token ends a response: neither the model's generation_config.json and config.json nor the tokenizer "
+            'has an end token; set "eos_token" in tokenizer_config.json'
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    *,
+    model: Literal["bpe", "unigram"] = "bpe",
+    size: int,
+    chat_template: str | None = None,
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of at most ``size`` tokens learned from ``texts``, special tokens ``<pad>``, ``</s>``, ``<unk>`` first.
+
+    ``bpe`` works on bytes and gives back any text; ``unigram`` knows only the characters it has seen. Raises DataError
+    for empty texts, and for a size with no room for the bytes or characters.
+    """
+    if model == "bpe":
+        smallest = _BYTES + len(_SPECIAL)
+        if size < smallest:
+            raise DataError(f"a BPE tokenizer of {size} tokens is too small: its bytes alone need {smallest}")
+        tokenizer, trainer = _byte_level_bpe(size)
+    elif model == "unigram":
+        tokenizer, trainer = _unigram(size)
+    else:
+        raise DataError(f"there is no tokenizer model {model!r}: give bpe or unigram")
+    seen: set[str] = set()
+    needed = len(_SPECIAL) + 1
+    if model == "unigram" and size < needed:
+        raise DataError(f"a Unigram tokenizer of {size} tokens is too small: it needs more than {needed}")
+    try:
+        tokenizer.train_from_iterator(_noting(texts, seen), trainer)
+    except Exception as error:  # the trainer raises nothing more specific
+        if "not large enough" not in str(error):
+            raise
+        needed = len(_SPECIAL) + len({c for c in seen if not c.isspace()} | {"▁"})
+        raise DataError(
+            f"a Unigram tokenizer of {size} tokens is too small: the characters alone need {needed}"
+        ) from error
+    if all(c.isspace() for c in seen):
+        raise DataError("there is no text to learn a tokenizer from: the texts are empty")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNK,
+        model_max_length=_NO_LIMIT,
+        clean_up_tokenization_spaces=False,
+        chat_template=chat_template,
+    )
+
+
+def _noting(texts: Iterable[str], seen: set[str]) -> Iterator[str]:
+    """``texts`` as they are, their characters gathered on the way, so that a stream is read once."""
+    for text in texts:
+        seen.update(text)
+        yield text
+
+
+def _byte_level_bpe(size: int) -> tuple[Any, Any]:
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=_SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    return tokenizer, trainer
+
+
+def _unigram(size: int) -> tuple[Any, Any]:
+    tokenizer: Any = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=_SPECIAL, unk_token=UNK, show_progress=False)
+    return tokenizer, trainer
