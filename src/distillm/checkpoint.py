@@ -5,7 +5,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +35,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 @contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
+def written_aside(target: Path) -> Generator[Path]:
     """A scratch folder that becomes ``target`` when the block ends well, and vanishes when it does not.
 
     Raises:

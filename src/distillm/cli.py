@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -14,9 +14,6 @@ from rich.table import Table
 from . import __version__
 from .config import Run, load_run, make_run, read_yaml, recipes
 from .errors import ConfigError, DataError, DistillmError
-
-if TYPE_CHECKING:
-    from .build import Models
 
 EXIT_CODES = """
 Exit codes: 0 done · 1 a defect of distillm (with a traceback; please report it) · 2 a setting, file or model cannot be
@@ -78,7 +75,9 @@ def train(
 
 @app.command("eval")
 def evaluate_command(
-    source: Annotated[str | None, typer.Argument(metavar="[RUN|MODEL]", help="A run folder, model folder or hub name.")] = None,
+    source: Annotated[
+        str | None, typer.Argument(metavar="[RUN|MODEL]", help="A run folder, model folder or hub name.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Rows with references: a file, a folder or a datasets name.")] = None,
     predictions: Annotated[
         Path | None, typer.Option(help="Score these texts instead: JSON Lines with `prediction` and `references`.")
@@ -87,7 +86,9 @@ def evaluate_command(
     teacher: Annotated[str | None, typer.Option(help="Also measure the divergence to this teacher.")] = None,
     template: Template = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; a run's own unless given.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response; a run's own unless given.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest response; a run's own unless given.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows generated at a time.")] = 32,
     output: Annotated[Path | None, typer.Option(help="Where the scores and predictions go, as JSON.")] = None,
@@ -108,7 +109,7 @@ def evaluate_command(
             chosen = [int(seed) for seed in seeds.split(",")]
         except ValueError as error:
             raise ConfigError(f"--seeds {seeds}: write whole numbers with commas, such as 10,20,30") from error
-        from .pipeline import score
+        from .commands import score
 
         result, name = score(run, data, chosen, limit, batch_size), Path(data).stem
     if output is None and source is not None and (Path(source) / "run.yaml").is_file():
@@ -134,8 +135,8 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
     """Let a model answer prompts."""
+    from .commands import respond
     from .data import read_rows
-    from .pipeline import respond
 
     rows = read_rows(file) if file else [{"instruction": prompt} for prompt in prompts or []]
     if not rows:
@@ -193,7 +194,7 @@ def shrink(
         wanted = [int(part) for part in layers.split(",")]
     except ValueError as error:
         raise ConfigError(f"--layers {layers}: write a number (8) or indices with commas (0,4,9)") from error
-    from .pipeline import shrink_to
+    from .commands import shrink_to
 
     typer.echo(shrink_to(teacher, output, wanted if "," in layers else wanted[0], trust_remote_code))
 
@@ -232,7 +233,9 @@ def show_recipe(name: Annotated[str, typer.Argument(help="A name from `distillm 
     read_yaml(name)
     text = recipes()[name].read_text(encoding="utf-8")
     console = Console()
-    console.print(Syntax(text, "yaml", background_color="default") if console.is_terminal else text, end="", soft_wrap=True)
+    console.print(
+        Syntax(text, "yaml", background_color="default") if console.is_terminal else text, end="", soft_wrap=True
+    )
 
 
 @app.command()

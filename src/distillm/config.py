@@ -9,8 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from .errors import ConfigError
 
@@ -368,7 +377,23 @@ def read_yaml(source: str) -> dict[str, Any]:
 
 def as_yaml(run: Run) -> str:
     """``run`` as YAML that ``load_run`` reads back, without what only steers one start of it."""
-    return yaml.safe_dump(run.model_dump(exclude={"resume", "overwrite"}), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(
+        run.model_dump(mode="json", exclude={"resume", "overwrite"}), sort_keys=False, allow_unicode=True, width=110
+    )
+
+
+def changed(saved: dict[str, Any], run: Run) -> list[str]:
+    """The settings, by dotted name, in which ``run`` differs from the settings ``saved`` in a run folder."""
+    now = run.model_dump(mode="json", exclude={"resume", "overwrite", "provenance"})
+    return [f"{key}={new}" for key, new in _flat(now).items() if _flat(saved).get(key, new) != new]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = typing.cast(dict[str, Any], value) if isinstance(value, dict) else None
+        flat |= {prefix + key: value} if inner is None else _flat(inner, f"{prefix}{key}.")
+    return flat
 
 
 def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:

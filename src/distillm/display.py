@@ -1,7 +1,7 @@
 """What a user sees while work goes on: live bars on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -27,7 +27,7 @@ class Display:
         self.console.print(table)
 
     @contextmanager
-    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
+    def phase(self, name: str, total: int, done: int = 0) -> Generator[Advance]:
         """A piece of work of ``total`` units; call what it gives with the units done and a word on the state."""
         if self.console.is_terminal:
             with self._live() as progress:

@@ -56,7 +56,11 @@ class RunFolder:
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.path / name
             if path.exists():
-                kept = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if _step(line) <= step]
+                kept = [
+                    line
+                    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")
+                    if _step(line) <= step
+                ]
                 write_text(path, "".join(line + "\n" for line in kept))
 
     def retain(self, keep: int, best: int | None) -> None:
@@ -68,6 +72,11 @@ class RunFolder:
     def write_eval(self, name: str, result: dict[str, Any]) -> None:
         """Write ``eval/NAME.json``."""
         write_text(self.path / "eval" / f"{name}.json", json.dumps(result, ensure_ascii=False, indent=1))
+
+    def forget_eval(self, system: str) -> None:
+        """Drop the scores of a system that is about to change."""
+        for path in (self.path / "eval").glob(f"*-{system}.json"):
+            path.unlink()
 
     def has_eval(self, name: str) -> bool:
         """Whether ``eval/NAME.json`` is there already."""

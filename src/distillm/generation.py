@@ -1,7 +1,7 @@
 """Prompts -> responses. Every row draws from its own random stream, whatever batch it is generated in."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ class Sampling:
 
 
 @contextmanager
-def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+def eval_mode(model: torch.nn.Module) -> Generator[None]:
     """``model`` in eval mode inside, every module's own mode restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -112,7 +112,9 @@ def generate(
         rows = order[at : at + batch_size]
         contexts = [_context(prompts[i], origin) for i in rows]
         draws = np.stack([uniforms(seed, step, prompts[i].id, sampling.max_new_tokens) for i in rows])
-        for i, response in zip(rows, _respond(model, contexts, sampling, draws, pad_id, end_ids, num_tokens), strict=True):
+        for i, response in zip(
+            rows, _respond(model, contexts, sampling, draws, pad_id, end_ids, num_tokens), strict=True
+        ):
             answers[i] = answer(prompts[i], response, origin, step)
         if progress is not None:
             progress(len(answers))
@@ -163,7 +165,7 @@ def _respond(
 
 
 @contextmanager
-def _own_settings(model: PreTrainedModel) -> Iterator[None]:
+def _own_settings(model: PreTrainedModel) -> Generator[None]:
     # `generate` fills every unset value from the model's file: a repetition penalty there would change the
     # distribution that is sampled from without a word.
     kept = model.generation_config

@@ -6,7 +6,7 @@ Only ``train.py`` divides, by the count over all micro-batches (and ranks) of th
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .types import Example, Origin
 
 RESPONSES: frozenset[Origin] = frozenset({"data", "student", "teacher"})
 TEXT: frozenset[Origin] = frozenset({"text"})
+ALWAYS = constant(1.0)
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Term:
 
     name: str
     total: Callable[[Scored], Tensor]
-    weight: Schedule = constant(1.0)
+    weight: Schedule = ALWAYS
     origins: frozenset[Origin] = RESPONSES
     per: Literal["token", "sequence"] = "token"
     reads_teacher: bool = False
@@ -44,17 +45,13 @@ Loss = tuple[Term, ...]
 
 def _nll(scored: Scored) -> Tensor:
     ones = torch.ones(len(scored.labels), device=scored.labels.device)
-    total = linear_cross_entropy(scored.student, scored.labels, ones)
-    assert isinstance(total, Tensor)
-    return total
+    return linear_cross_entropy(scored.student, scored.labels, ones)
 
 
 def _divergence(divergence: str | Divergence, parameters: dict[str, float], scored: Scored) -> Tensor:
     assert scored.teacher is not None
     ones = torch.ones(len(scored.labels), device=scored.labels.device)
-    total = linear_divergence(divergence, scored.teacher, scored.student, ones, **parameters)
-    assert isinstance(total, Tensor)
-    return total
+    return linear_divergence(divergence, scored.teacher, scored.student, ones, **cast(dict[str, Any], parameters))
 
 
 def nll(name: str = "cross_entropy", origins: frozenset[Origin] = RESPONSES) -> Loss:

@@ -36,7 +36,7 @@ def sft(context: Context) -> Method:
 
 
 def kd(context: Context, *, divergence: str = "forward_kl", kd_weight: float = 1.0, **parameters: float) -> Method:
-    """``kd_weight * D(p, q) + (1 - kd_weight) * cross-entropy`` on the dataset's responses; D is KL(p||q) as published."""
+    """``kd_weight * D(p, q) + (1 - kd_weight) * cross-entropy`` on the dataset's responses; published with KL(p||q)."""
     loss = scaled(kd_weight, distill(divergence, **parameters)) + scaled(1 - kd_weight, nll())
     return Method(context.data, loss)
 

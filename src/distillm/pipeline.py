@@ -1,75 +1,34 @@
 """A whole run: from the configuration to the run folder, in phases that can be interrupted and resumed."""
 
 import math
-import os
-import platform
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from . import build as builder
-from . import schedules
-from .build import Models, Rows
-from .checkpoint import load_checkpoint, load_student, save_checkpoint, step_of, write_text, written_aside
-from .config import Distillm, Run, as_yaml
+from .assess import answers, assess, divergences
+from .checkpoint import load_checkpoint, load_student, save_checkpoint, step_of, write_text
+from .config import Distillm, Run, as_yaml, changed, read_yaml
 from .display import Display
 from .errors import Interrupted, TrainingError
-from .evaluation import evaluate, rouge_l, summary
+from .evaluation import rouge_l
 from .evaluation.run import decode
 from .folder import RunFolder
-from .generation import generate, truncated
-from .methods import Method
-from .models import num_parameters
+from .generation import truncated
+from .project import Project, build, save_student, steps, unless_stopped
+from .provenance import provenance
 from .report import write_report
-from .sources import ReplayBuffer, steps_per_epoch
-from .teacher import Responses
-from .train import Step, training_steps, validate
-from .types import Example, State
+from .train import Step
 
 SAMPLED = "samples.jsonl"
 METRICS = "metrics.jsonl"
-
-
-@dataclass
-class Project:
-    """Everything a run works with."""
-
-    run: Run
-    folder: RunFolder
-    models: Models
-    train: Rows
-    validation: Rows
-    tests: dict[str, Rows]
-    method: Method
-    optimizer: torch.optim.AdamW
-    accelerator: Accelerator
-    state: State
-    buffer: ReplayBuffer
-    display: Display
-    stop: threading.Event
-    best: tuple[float, int] | None = None
-    checkpointed: int | None = None
-    teacher_texts: dict[str, str] = field(default_factory=dict[str, str])
-
-    @property
-    def every(self) -> int:
-        """Steps between validations."""
-        per_epoch = steps_per_epoch(len(self.train.examples), self.run.train.batch_size)
-        return self.run.validation.every or min(per_epoch, self.state.total_steps)
 
 
 def distill(run: Run, display: Display | None = None, command: str | None = None) -> Path:
@@ -87,66 +46,25 @@ def distill(run: Run, display: Display | None = None, command: str | None = None
     with _interruptible(display) as stop:
         project = build(run, display, stop, folder)
         if checkpoint is not None:
-            _resume(project, checkpoint)
+            _resume(project, checkpoint, command)
         else:
-            write_text(folder.path / "run.yaml", as_yaml(run.model_copy(update={"provenance": _origin(project, command)})))
-        folder.forget_after(project.state.step if checkpoint is not None else -1)
-        if checkpoint is None:
-            _score_tests(project, project.models.student, "before")
+            folder.forget_after(-1)
+            _describe(project, command)
+            if run.evaluation.compare:
+                _score_tests(project, project.models.student, "before")
             _validation(project)
-        _train(project)
+        if project.state.step < project.state.total_steps:
+            folder.forget_eval("student")
+            _train(project)
         _finish(project)
     return folder.path
 
 
-def build(
-    run: Run, display: Display | None = None, stop: threading.Event | None = None, folder: RunFolder | None = None
-) -> Project:
-    """The objects of a run, ready for ``training_steps``; the teacher's responses are written if the run needs them."""
-    display, stop, folder = display or Display(quiet=True), stop or threading.Event(), folder or RunFolder(Path(run.output))
-    accelerator = builder.make_accelerator(run)
-    if run.tracker != "none":
-        accelerator.init_trackers("distillm", config={"run": as_yaml(run)})
-    models = builder.load_models(run, accelerator, display.note)
-    train, validation, tests = builder.load_rows(run, models, display.note)
-    buffer = ReplayBuffer(run.method.capacity if isinstance(run.method, Distillm) else 1)
-    responses = _responses(run, models, folder, display, stop)
-    train, validation = (builder.answered(run, rows, models, responses) for rows in (train, validation))
-    tests = {name: builder.answered(run, rows, models, responses, keep=True) for name, rows in tests.items()}
-    epochs = run.train.epochs or 1
-    steps = run.train.steps or epochs * steps_per_epoch(len(train.examples), run.train.batch_size)
-    return Project(
-        run=run,
-        folder=folder,
-        models=models,
-        train=train,
-        validation=validation,
-        tests=tests,
-        method=builder.make_method(run, models, train.examples, buffer),
-        optimizer=builder.make_optimizer(run, models.student),
-        accelerator=accelerator,
-        state=State(total_steps=steps),
-        buffer=buffer,
-        display=display,
-        stop=stop,
-    )
-
-
-def steps(project: Project) -> Iterator[Step]:
-    """The training steps of ``project``, from where its state stands."""
-    run = project.run
-    return training_steps(
-        project.models.pair,
-        project.method,
-        project.optimizer,
-        project.state,
-        accelerator=project.accelerator,
-        learning_rate=schedules.learning_rate(
-            run.optim.lr, run.optim.schedule, run.optim.warmup_steps, min(run.optim.final_lr, run.optim.lr)
-        ),
-        micro_batch_size=run.train.micro_batch_size,
-        max_grad_norm=run.train.max_grad_norm,
-    )
+def _describe(project: Project, command: str | None) -> None:
+    models = {"student": project.models.student, "teacher": project.models.teacher}
+    origin = provenance(models, project.accelerator.device, command)
+    text = as_yaml(project.run.model_copy(update={"provenance": origin}))
+    write_text(project.folder.path / "run.yaml", text)
 
 
 def _train(project: Project) -> None:
@@ -201,20 +119,13 @@ def _validation(project: Project) -> None:
     """Measure, keep the best, answer the sample prompts."""
     run, models, state = project.run, project.models, project.state
     examples = project.validation.examples
-    figures = validate(
-        models.pair,
-        examples,
-        state,
-        divergence=run.validation.divergence,
-        batch_size=run.train.micro_batch_size,
-    )
+    figures = divergences(run, models, examples)
     trigger = run.method.trigger if isinstance(run.method, Distillm) else "validation_loss"
     if "rouge_l" in (run.validation.select, trigger):
         rows = examples[: run.validation.rouge_rows]
-        texts = _answers(project, models.student, rows)
-        wanted = [project.validation.references[e.id] for e in rows]
-        scores = rouge_l(texts, wanted)
-        figures["rouge_l"] = summary(scores)["mean"]
+        texts = answers(run, models, models.student, rows)
+        scores = rouge_l(texts, [project.validation.references[e.id] for e in rows])
+        figures["rouge_l"] = sum(scores) / len(scores)
     # Every monitored value is one that falls as the student gets better.
     monitored = {
         "validation_loss": figures["cross_entropy"],
@@ -223,6 +134,7 @@ def _validation(project: Project) -> None:
     }[trigger]
     state.validation.append(monitored)
     project.folder.append(METRICS, {"kind": "validation", "step": state.step, **figures, "monitored": monitored})
+    _samples(project)
     value = -figures["rouge_l"] if run.validation.select == "rouge_l" else figures[run.validation.select]
     if state.step and (project.best is None or value < project.best[0]):
         project.best = (value, state.step)
@@ -232,7 +144,6 @@ def _validation(project: Project) -> None:
         project.accelerator.log({f"validation/{k}": v for k, v in figures.items()}, step=state.step)
     shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
     project.display.note(f"validation after step {state.step}: {shown}")
-    _samples(project)
 
 
 def _samples(project: Project) -> None:
@@ -242,9 +153,13 @@ def _samples(project: Project) -> None:
     models, tokenizer = project.models, project.models.tokenizer
     if models.teacher is not None and not project.teacher_texts:
         written = [e for e in rows if e.origin == "teacher"]
-        texts = decode(tokenizer, written) if len(written) == len(rows) else _answers(project, models.teacher, rows)
+        texts = (
+            decode(tokenizer, written)
+            if len(written) == len(rows)
+            else answers(project.run, models, models.teacher, rows)
+        )
         project.teacher_texts = dict(zip((e.id for e in rows), texts, strict=True))
-    for example, text in zip(rows, _answers(project, models.student, rows), strict=True):
+    for example, text in zip(rows, answers(project.run, models, models.student, rows), strict=True):
         entry = {
             "step": project.state.step,
             "id": example.id,
@@ -254,22 +169,6 @@ def _samples(project: Project) -> None:
             "student": text,
         }
         project.folder.append(SAMPLED, entry)
-
-
-def _answers(project: Project, model: PreTrainedModel, rows: list[Example]) -> list[str]:
-    """Responses with the decoding of the final test, so that what selects is what is scored."""
-    run, models = project.run, project.models
-    answers = generate(
-        model,
-        rows,
-        builder.make_sampling(run, run.evaluation.temperature),
-        pad_id=models.pair.pad_id,
-        end_ids=models.end_ids,
-        num_tokens=models.pair.num_tokens,
-        seed=run.evaluation.seeds[0],
-        batch_size=run.generation.batch_size,
-    )
-    return decode(models.tokenizer, answers)
 
 
 def _save(project: Project) -> None:
@@ -282,7 +181,7 @@ def _save(project: Project) -> None:
     project.folder.retain(project.run.checkpoint.keep, project.best[1] if project.best else None)
 
 
-def _resume(project: Project, checkpoint: Path) -> None:
+def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
     total = project.state.total_steps
     saved = load_checkpoint(checkpoint, project.models.student, project.optimizer, project.state, project.buffer)
     project.state.total_steps = total
@@ -291,8 +190,12 @@ def _resume(project: Project, checkpoint: Path) -> None:
     project.teacher_texts = saved["extra"]["teacher_texts"]
     project.checkpointed = step_of(checkpoint)
     project.folder.forget_after(project.state.step)
-    _event(project, "resumed", f"from {checkpoint.name}")
-    project.display.note(f"resumed from {checkpoint}")
+    differences = changed(read_yaml(str(project.folder.path)), project.run)
+    said = f"from {checkpoint.name}" + (f", with changed settings: {', '.join(differences)}" if differences else "")
+    _event(project, "resumed", said)
+    project.display.note(f"resumed {said}")
+    if differences:
+        _describe(project, command)
     if saved["threads"] != torch.get_num_threads():
         said = f"the checkpoint was made with {saved['threads']} threads, now there are {torch.get_num_threads()}"
         project.display.note(f"{said}: results can differ in the last bits")
@@ -315,89 +218,28 @@ def _finish(project: Project) -> None:
     project.display.note(f"student: {folder.student}\nreport:  {report}")
 
 
-def save_student(models: Models, target: Path) -> None:
-    """An ordinary model folder: weights, configuration, generation settings and tokenizer."""
-    with written_aside(target) as scratch:
-        student = models.student
-        if student.generation_config is not None:
-            student.generation_config.eos_token_id = list(models.end_ids)
-            student.generation_config.pad_token_id = models.pair.pad_id
-        student.save_pretrained(scratch)
-        models.tokenizer.save_pretrained(scratch)
-
-
 def _score_tests(project: Project, model: PreTrainedModel, system: str) -> None:
     run, models = project.run, project.models
-    if system == "before" and not run.evaluation.compare:
-        return
+    greedy = (run.generation.temperature if run.evaluation.temperature is None else run.evaluation.temperature) == 0
+    seeds = run.evaluation.seeds[:1] if greedy else run.evaluation.seeds
+    path = {"before": run.student.path, "student": str(project.folder.student)}
+    origin = path.get(system, run.teacher.path if run.teacher is not None else None)
     for name, rows in project.tests.items():
         file = f"{name}-{system}"
-        # The student is scored anew on a resumed run only if its file is missing, like the others.
         if project.folder.has_eval(file):
             continue
-        with project.display.phase(f"score {system} on {name}", len(rows.examples) * len(run.evaluation.seeds)) as advance:
-            result = evaluate(
+        with project.display.phase(f"score the {system} on {name}", len(rows.examples) * len(seeds)) as advance:
+            checked = unless_stopped(project.stop, advance)
+            result = assess(
+                run,
+                models,
                 model,
-                models.tokenizer,
-                rows.examples,
-                rows.references,
-                builder.make_sampling(run, run.evaluation.temperature),
-                run.evaluation.seeds,
-                end_ids=models.end_ids,
-                num_tokens=models.pair.num_tokens,
+                rows,
+                seeds=seeds,
                 batch_size=run.evaluation.batch_size,
-                progress=lambda done, total: _checked(project.stop, advance)(done),
+                progress=lambda done, _, checked=checked: checked(done),
             )
-        if system != "teacher" and models.teacher is not None:
-            figures = validate(
-                models.pair,
-                [e for e in rows.examples if any(e.targets)],
-                project.state,
-                divergence=run.validation.divergence,
-                batch_size=run.train.micro_batch_size,
-            )
-            result["scores"]["divergence"] = summary([figures["divergence"]])
-        origin = str(project.folder.student) if system == "student" else run.teacher.path if run.teacher else None
-        head = {"data": name, "system": system, "model": origin if system != "before" else run.student.path}
-        project.folder.write_eval(file, head | result)
-
-
-def _responses(run: Run, models: Models, folder: RunFolder, display: Display, stop: threading.Event) -> Responses:
-    sampling = builder.make_sampling(run, run.data.responses_temperature)
-    path = Path(run.data.responses_file) if run.data.responses_file else folder.path / "responses.jsonl"
-
-    def write(prompts: Any) -> list[Example]:
-        assert models.teacher is not None
-        with display.phase("teacher's responses", len(prompts)) as advance:
-            return generate(
-                models.teacher,
-                prompts,
-                sampling,
-                pad_id=models.pair.pad_id,
-                end_ids=models.end_ids,
-                num_tokens=models.pair.num_tokens,
-                seed=run.seed,
-                origin="teacher",
-                batch_size=run.generation.batch_size,
-                progress=_checked(stop, advance),
-            )
-
-    def text(tokens: list[int]) -> str:
-        return cast(str, models.tokenizer.decode(tokens, skip_special_tokens=True))
-
-    teacher = run.teacher.path if run.teacher is not None else ""
-    return Responses(path, str(teacher), sampling, write, text, portion=8 * run.generation.batch_size)
-
-
-def _checked(stop: threading.Event, advance: Callable[..., None]) -> Callable[[int], None]:
-    """``advance``, unless the user asked to stop: these phases are cheap to begin again."""
-
-    def check(done: int) -> None:
-        if stop.is_set():
-            raise Interrupted("stopped; what was finished is saved. Go on with the same command and resume=auto")
-        advance(done)
-
-    return check
+        project.folder.write_eval(file, {"data": name, "system": system, "model": origin} | result)
 
 
 def _event(project: Project, event: str, message: str) -> None:
@@ -405,7 +247,7 @@ def _event(project: Project, event: str, message: str) -> None:
 
 
 @contextmanager
-def _interruptible(display: Display) -> Iterator[threading.Event]:
+def _interruptible(display: Display) -> Generator[threading.Event]:
     """The first Ctrl-C asks to stop at the next safe point; the second one stops at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -423,35 +265,3 @@ def _interruptible(display: Display) -> Iterator[threading.Event]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _origin(project: Project, command: str | None) -> dict[str, Any]:
-    models = {"student": project.models.student, "teacher": project.models.teacher}
-    return {
-        "distillm": version("distillm"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "git": _revision(),
-        "command": command or " ".join(["python", *sys.argv]),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "threads": torch.get_num_threads(),
-        "device": str(project.accelerator.device),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "models": {name: _facts(model) for name, model in models.items() if model is not None},
-    }
-
-
-def _facts(model: PreTrainedModel) -> dict[str, Any]:
-    config: Any = model.config
-    facts = {"parameters": num_parameters(model), "layers": getattr(config, "num_hidden_layers", None)}
-    return facts | {"width": getattr(config, "hidden_size", None), "vocabulary": config.vocab_size}
-
-
-def _revision() -> str | None:
-    """The git revision of the working folder, if it is one."""
-    try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return asked.stdout.strip()

@@ -59,7 +59,8 @@ class Pair:
         student = self.read_student(self.student, batch)
         teacher = None
         if with_teacher:
-            assert self.teacher is not None and self.read_teacher is not None
+            assert self.teacher is not None
+            assert self.read_teacher is not None
             reads = collate(examples, self.pad_id, reader="teacher").to(self.device)
             with torch.no_grad():
                 teacher = _one_dtype(self.read_teacher(self.teacher, reads)).narrow(self.num_tokens)

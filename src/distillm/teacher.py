@@ -25,7 +25,13 @@ class Responses:
     """
 
     def __init__(
-        self, path: Path, teacher: str, sampling: Sampling, write: Write, decode: Callable[[list[int]], str], portion: int
+        self,
+        path: Path,
+        teacher: str,
+        sampling: Sampling,
+        write: Write,
+        decode: Callable[[list[int]], str],
+        portion: int,
     ):
         self.path, self.write, self.decode, self.portion = path, write, decode, portion
         self.header = {"teacher": teacher, "decoding": asdict(sampling)}
@@ -36,12 +42,13 @@ class Responses:
         missing = [p for p in prompts if _digest(p) not in self.known]
         for at in range(0, len(missing), self.portion):
             written = self.write(missing[at : at + self.portion])
-            lines = [
-                {"id": e.id, "prompt": _digest(e), "response": self.decode(e.response), "tokens": e.response}
-                for e in written
-            ]
-            self._append(lines)
-            self.known |= {line["prompt"]: line["tokens"] for line in lines}
+            self._append(
+                [
+                    {"id": e.id, "prompt": _digest(e), "response": self.decode(e.response), "tokens": e.response}
+                    for e in written
+                ]
+            )
+            self.known |= {_digest(e): e.response for e in written}
         return [answer(p, self.known[_digest(p)], "teacher") for p in prompts]
 
     def _read(self) -> dict[str, list[int]]:

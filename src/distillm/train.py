@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -125,7 +125,7 @@ def _update(
 
 
 def micro_batches(rows: Sequence[Example], size: int) -> list[list[Example]]:
-    """``rows`` cut into parts of at most ``size``, of like length and with plain text apart, to pad and compute least."""
+    """``rows`` in parts of at most ``size``, of like length and with plain text apart, so that least is padded."""
     parts: list[list[Example]] = []
     for text in (False, True):
         group = sorted((r for r in rows if (r.origin == "text") == text), key=lambda r: len(r.tokens), reverse=True)
@@ -133,20 +133,21 @@ def micro_batches(rows: Sequence[Example], size: int) -> list[list[Example]]:
     return parts
 
 
-@torch.no_grad()
 def validate(
     pair: Pair, examples: Sequence[Example], state: State, *, divergence: str, batch_size: int, **parameters: float
 ) -> dict[str, float]:
     """Mean cross-entropy and, with a teacher, mean ``divergence`` to it, per target token of ``examples`` (nats)."""
     sums = torch.zeros(2, dtype=torch.float64)
     count = 0
-    with eval_mode(pair.student):
+    with torch.no_grad(), eval_mode(pair.student):
         for part in micro_batches(examples, batch_size):
             scored = pair.score(part, state, with_teacher=pair.teacher is not None)
             ones = torch.ones(len(scored.labels), device=scored.labels.device)
             sums[0] += linear_cross_entropy(scored.student, scored.labels, ones).cpu()
             if scored.teacher is not None:
-                sums[1] += linear_divergence(divergence, scored.teacher, scored.student, ones, **parameters).cpu()
+                sums[1] += linear_divergence(
+                    divergence, scored.teacher, scored.student, ones, **cast(dict[str, Any], parameters)
+                ).cpu()
             count += len(scored.labels)
     means = (sums / max(count, 1)).tolist()
     result = {"cross_entropy": means[0]}

@@ -16,7 +16,7 @@ def _scorer() -> RougeScorer:
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """ROUGE-L F1 with stemming, times 100, the best over each row's references (Lin 2004; arXiv:2402.03898, section 4)."""
+    """ROUGE-L F1 with stemming, times 100, the best over each row's references (Lin 2004)."""
     scorer = _scorer()
     return [
         100 * max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in row)

@@ -154,7 +154,7 @@ def answered(run: Run, rows: Rows, models: Models, responses: Responses, *, keep
         return rows
     written = {e.id: e for e in responses(wanted)}
     texts = models.tokenizer.batch_decode([e.response for e in written.values()], skip_special_tokens=True)
-    references = {id: [text.strip()] for id, text in zip(written, cast(list[str], texts), strict=True)}
+    references = {row: [text.strip()] for row, text in zip(written, cast(list[str], texts), strict=True)}
     return Rows([written.get(e.id, e) for e in rows.examples], rows.references | references)
 
 

@@ -1,0 +1,67 @@
+"""Score a run's model on rows: the one place that selection, the final test and ``distillm eval`` share."""
+
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedModel
+
+from .assembly import Models, Rows, make_sampling
+from .config import Run
+from .evaluation import Result, evaluate, summary
+from .evaluation.run import decode
+from .generation import generate
+from .train import validate
+from .types import Example, State
+
+
+def assess(
+    run: Run,
+    models: Models,
+    model: PreTrainedModel,
+    rows: Rows,
+    *,
+    seeds: Sequence[int],
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Scores and predictions of ``model``; for the student, its mean divergence to the teacher as well."""
+    result = evaluate(
+        model,
+        models.tokenizer,
+        rows.examples,
+        rows.references,
+        make_sampling(run, run.evaluation.temperature),
+        seeds,
+        end_ids=models.end_ids,
+        num_tokens=models.pair.num_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    if model is models.student and models.teacher is not None:
+        result["scores"]["divergence"] = summary([divergences(run, models, rows.examples)["divergence"]])
+    return result
+
+
+def divergences(run: Run, models: Models, examples: Sequence[Example]) -> dict[str, float]:
+    """The student's cross-entropy and, with a teacher, its divergence to it, on the references."""
+    return validate(
+        models.pair,
+        [example for example in examples if any(example.targets)],
+        State(),
+        divergence=run.validation.divergence,
+        batch_size=run.train.micro_batch_size,
+    )
+
+
+def answers(run: Run, models: Models, model: PreTrainedModel, examples: Sequence[Example]) -> list[str]:
+    """Responses with the decoding of the final test, so that what selects is what is scored."""
+    written = generate(
+        model,
+        examples,
+        make_sampling(run, run.evaluation.temperature),
+        pad_id=models.pair.pad_id,
+        end_ids=models.end_ids,
+        num_tokens=models.pair.num_tokens,
+        seed=run.evaluation.seeds[0],
+        batch_size=run.generation.batch_size,
+    )
+    return decode(models.tokenizer, written)

@@ -1,0 +1,155 @@
+"""The objects of a run, ready for ``training_steps``."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+
+from . import assembly, schedules
+from .assembly import Models, Rows
+from .checkpoint import written_aside
+from .config import Distillm, Run, as_yaml
+from .display import Display
+from .errors import Interrupted
+from .folder import RunFolder
+from .generation import generate
+from .methods import Method
+from .sources import ReplayBuffer, steps_per_epoch
+from .teacher import Responses
+from .train import Step, training_steps
+from .types import Example, State
+
+
+@dataclass
+class Project:
+    """Everything a run works with."""
+
+    run: Run
+    folder: RunFolder
+    models: Models
+    train: Rows
+    validation: Rows
+    tests: dict[str, Rows]
+    method: Method
+    optimizer: torch.optim.AdamW
+    accelerator: Accelerator
+    state: State
+    buffer: ReplayBuffer
+    display: Display
+    stop: threading.Event
+    best: tuple[float, int] | None = None
+    checkpointed: int | None = None
+    teacher_texts: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def every(self) -> int:
+        """Steps between validations."""
+        per_epoch = steps_per_epoch(len(self.train.examples), self.run.train.batch_size)
+        return self.run.validation.every or min(per_epoch, self.state.total_steps)
+
+
+def build(
+    run: Run, display: Display | None = None, stop: threading.Event | None = None, folder: RunFolder | None = None
+) -> Project:
+    """The objects of a run, ready for ``training_steps``; the teacher's responses are written if the run needs them."""
+    display, stop, folder = (
+        display or Display(quiet=True),
+        stop or threading.Event(),
+        folder or RunFolder(Path(run.output)),
+    )
+    accelerator = assembly.make_accelerator(run)
+    if run.tracker != "none":
+        accelerator.init_trackers("distillm", config={"run": as_yaml(run)})
+    models = assembly.load_models(run, accelerator, display.note)
+    train, validation, tests = assembly.load_rows(run, models, display.note)
+    buffer = ReplayBuffer(run.method.capacity if isinstance(run.method, Distillm) else 1)
+    responses = _responses(run, models, folder, display, stop)
+    train, validation = (assembly.answered(run, rows, models, responses) for rows in (train, validation))
+    tests = {name: assembly.answered(run, rows, models, responses, keep=True) for name, rows in tests.items()}
+    epochs = run.train.epochs or 1
+    steps = run.train.steps or epochs * steps_per_epoch(len(train.examples), run.train.batch_size)
+    return Project(
+        run=run,
+        folder=folder,
+        models=models,
+        train=train,
+        validation=validation,
+        tests=tests,
+        method=assembly.make_method(run, models, train.examples, buffer),
+        optimizer=assembly.make_optimizer(run, models.student),
+        accelerator=accelerator,
+        state=State(total_steps=steps),
+        buffer=buffer,
+        display=display,
+        stop=stop,
+    )
+
+
+def steps(project: Project) -> Iterator[Step]:
+    """The training steps of ``project``, from where its state stands."""
+    run = project.run
+    return training_steps(
+        project.models.pair,
+        project.method,
+        project.optimizer,
+        project.state,
+        accelerator=project.accelerator,
+        learning_rate=schedules.learning_rate(
+            run.optim.lr, run.optim.schedule, run.optim.warmup_steps, min(run.optim.final_lr, run.optim.lr)
+        ),
+        micro_batch_size=run.train.micro_batch_size,
+        max_grad_norm=run.train.max_grad_norm,
+    )
+
+
+def save_student(models: Models, target: Path) -> None:
+    """An ordinary model folder: weights, configuration, generation settings and tokenizer."""
+    with written_aside(target) as scratch:
+        student = models.student
+        if student.generation_config is not None:
+            student.generation_config.eos_token_id = list(models.end_ids)
+            student.generation_config.pad_token_id = models.pair.pad_id
+        student.save_pretrained(scratch)
+        models.tokenizer.save_pretrained(scratch)
+
+
+def _responses(run: Run, models: Models, folder: RunFolder, display: Display, stop: threading.Event) -> Responses:
+    sampling = assembly.make_sampling(run, run.data.responses_temperature)
+    path = Path(run.data.responses_file) if run.data.responses_file else folder.path / "responses.jsonl"
+
+    def write(prompts: Any) -> list[Example]:
+        assert models.teacher is not None
+        with display.phase("teacher's responses", len(prompts)) as advance:
+            return generate(
+                models.teacher,
+                prompts,
+                sampling,
+                pad_id=models.pair.pad_id,
+                end_ids=models.end_ids,
+                num_tokens=models.pair.num_tokens,
+                seed=run.seed,
+                origin="teacher",
+                batch_size=run.generation.batch_size,
+                progress=unless_stopped(stop, advance),
+            )
+
+    def text(tokens: list[int]) -> str:
+        return cast(str, models.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    teacher = run.teacher.path if run.teacher is not None else ""
+    return Responses(path, str(teacher), sampling, write, text, portion=8 * run.generation.batch_size)
+
+
+def unless_stopped(stop: threading.Event, advance: Callable[..., None]) -> Callable[[int], None]:
+    """``advance``, unless the user asked to stop: these phases are cheap to begin again."""
+
+    def check(done: int) -> None:
+        if stop.is_set():
+            raise Interrupted("stopped; what was finished is saved. Go on with the same command and resume=auto")
+        advance(done)
+
+    return check
