@@ -1,0 +1,259 @@
+"""Numbers as a reader sees them, and the sentences and facts that are computed from a run."""
+
+import math
+import shlex
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from .read import RunFolder, Score, Scores, mapping, number_in
+
+SCORE_NAMES = {
+    "rouge_l": "ROUGE-L",
+    "exact_match": "Exact match",
+    "divergence": "Divergence (nats/token)",
+    "response_tokens": "Response length (tokens)",
+    "truncated": "Cut by length",
+}
+DATA_FACTS = ("train", "validation", "test", "limit", "template", "responses", "text")
+SYSTEM_NAMES = {"before": "student before", "student": "student distilled"}
+
+
+def score_name(name: str) -> str:
+    """The heading of a score's column."""
+    return SCORE_NAMES.get(name, name.replace("_", " "))
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; an en dash where there is no number."""
+    if value is None:
+        return "–"
+    if value == int(value) and abs(value) < 1e6:
+        return str(int(value))
+    return f"{value:.4g}" if 1e-4 <= abs(value) < 1e4 else f"{value:.3e}" if abs(value) < 1e-4 else f"{value:.0f}"
+
+
+def decimals(name: str) -> int:
+    """Decimals that suit a score: divergences live between 0 and 10, the others between 0 and 100."""
+    return 3 if name == "divergence" else 2
+
+
+def mean_std(name: str, score: Score | None) -> str:
+    """``mean ± std``; the mean alone for a single seed, whose spread is not known."""
+    if score is None:
+        return "–"
+    places = decimals(name)
+    if score.std is None or score.num_seeds < 2:
+        return f"{score.mean:.{places}f}"
+    return f"{score.mean:.{places}f} ± {score.std:.{places}f}"
+
+
+def parameter_count(count: int | None) -> str:
+    """Parameters in thousands (K), millions (M) or billions (B)."""
+    if count is None:
+        return "–"
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count / size < 999.5 else f"{count / size:.0f} {unit}"
+    return str(count)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as ``1 h 02 min``, ``4 min 05 s`` or ``12.3 s``."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def model_name(run: RunFolder, model: str) -> str | None:
+    """A model's path or hub name, or the layers that a student takes from its teacher; None where neither is set."""
+    setting = run.config.get(model)
+    if isinstance(setting, str):
+        return setting
+    if not isinstance(setting, Mapping):
+        return None
+    if isinstance(setting.get("path"), str):
+        return setting["path"]
+    layers = setting.get("layers")
+    if layers is not None:
+        return f"layers {', '.join(map(str, layers))}" if isinstance(layers, list) else f"{layers} layers"
+    return None
+
+
+def method_name(run: RunFolder) -> str | None:
+    """The name of the method, or None."""
+    setting = run.config.get("method")
+    name = setting.get("name") if isinstance(setting, Mapping) else setting
+    return name if isinstance(name, str) else None
+
+
+def title(run: RunFolder) -> str:
+    """``TEACHER into STUDENT, by METHOD``, as far as they are known; otherwise the folder's name."""
+    teacher, student, method = model_name(run, "teacher"), model_name(run, "student"), method_name(run)
+    if method is None or (teacher is None and student is None):
+        return run.name
+    names = [PurePath(name).name or name for name in (teacher, student) if name is not None]
+    return f"{' into '.join(names if student else [*names, 'a student'])}, by {method}"
+
+
+def verdict(run: RunFolder) -> str | None:
+    """One sentence made of the numbers that are there; None where there are none."""
+    parts = [part for part in (_size_part(run), _rouge_part(run), _divergence_part(run)) if part]
+    if not parts:
+        return None
+    sentence = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + ", and " + parts[-1]
+    if not run.finished and run.last_step is not None:
+        sentence = f"so far, after step {run.last_step}: " + sentence
+    return sentence[0].upper() + sentence[1:] + "."
+
+
+def facts(run: RunFolder) -> list[tuple[str, str]]:
+    """The rows of the facts table; what is not recorded has no row."""
+    provenance = run.provenance
+    rows = [(model.capitalize(), _model_facts(run, model)) for model in ("teacher", "student")]
+    teacher, student = run.parameters("teacher"), run.parameters("student")
+    if teacher and student:
+        rows.append(
+            ("Compression", f"{teacher / student:.2f} to 1 ({100 * student / teacher:.1f} % of the parameters)")
+        )
+    rows.append(("Method", _settings(run.config.get("method"))))
+    data = mapping(run.config, "data")
+    rows.append(("Data", _settings({key: data[key] for key in DATA_FACTS if key in data})))
+    planned = number_in(mapping(run.config, "train"), "steps")
+    if run.last_step is not None:
+        rows.append(("Steps", f"{run.last_step} of {planned:.0f}" if planned else str(run.last_step)))
+    tokens = [number_in(step, "tokens") for step in run.steps]
+    seconds = run.seconds
+    if seconds:
+        time = f"{duration(seconds)} in training steps, {seconds / len(run.steps):.3g} s a step"
+        if all(count is not None for count in tokens):
+            time += f", {math.fsum(count or 0 for count in tokens) / seconds:.3g} tokens/s"
+        rows.append(("Time", time))
+    rows.append(("Started", _plain(provenance.get("started"))))
+    machine = [_plain(provenance.get("machine")), _plain(provenance.get("device"))]
+    if provenance.get("threads") is not None:
+        machine.append(f"{_plain(provenance['threads'])} threads")
+    rows.append(("Machine", ", ".join(part for part in machine if part)))
+    versions = [f"{key} {_plain(provenance[key])}" for key in ("distillm", "python", "torch", "transformers", "git")
+                if provenance.get(key)]  # fmt: skip
+    rows.append(("Versions", ", ".join(versions)))
+    rows.append(("Folder", str(run.path)))
+    return [(name, value) for name, value in rows if value]
+
+
+def command(run: RunFolder) -> str | None:
+    """The command line that started the run, as a shell reads it."""
+    given = run.provenance.get("command")
+    if isinstance(given, list):
+        return shlex.join(str(word) for word in given)
+    return given if isinstance(given, str) and given.strip() else None
+
+
+def decoding(scores: list[Scores]) -> list[str]:
+    """How the systems were decoded: one sentence for each distinct setting."""
+    sentences: dict[str, list[str]] = {}
+    for entry in scores:
+        parts = [f"{key.replace('_', ' ')} {_plain(value)}" for key, value in entry.decoding.items()]
+        if entry.seeds:
+            parts.append(f"{'seeds' if len(entry.seeds) > 1 else 'seed'} {', '.join(map(str, entry.seeds))}")
+        if parts:
+            sentences.setdefault(", ".join(parts), []).append(f"{entry.system} on {entry.data}")
+    if len(sentences) == 1:
+        return [f"Decoding: {next(iter(sentences))}."]
+    return [f"Decoding of {', '.join(systems)}: {setting}." for setting, systems in sentences.items()]
+
+
+def _size_part(run: RunFolder) -> str:
+    teacher, student = run.parameters("teacher"), run.parameters("student")
+    if not teacher or not student:
+        return ""
+    times = f" ({teacher / student:.1f} times fewer)" if teacher > 1.05 * student else ""
+    counts = [parameter_count(count).replace(" ", "\N{NO-BREAK SPACE}") for count in (student, teacher)]
+    return f"the student has {counts[0]} parameters to the teacher's {counts[1]}{times}"
+
+
+def _rouge_part(run: RunFolder) -> str:
+    data, before, after = _before_after(run, "rouge_l")
+    if after is None:
+        return ""
+    if before is None:
+        return f"its ROUGE-L on {data} is {after:.1f}"
+    return f"its ROUGE-L on {data} {_change(before, after, 1)}"
+
+
+def _divergence_part(run: RunFolder) -> str:
+    data, before, after = _before_after(run, "divergence")
+    if before is not None and after is not None:
+        return f"its divergence to the teacher {_change(before, after, 2)} nats a token on {data}"
+    known = [(record["step"], value) for record in run.validations
+             if (value := number_in(record, "divergence")) is not None]  # fmt: skip
+    if len(known) < 2:
+        return ""
+    (first, before), (last, after) = known[0], known[-1]
+    return (
+        f"its divergence to the teacher on the validation rows {_change(before, after, 2)} nats a token"
+        f" between steps {first} and {last}"
+    )
+
+
+def _before_after(run: RunFolder, name: str) -> tuple[str, float | None, float | None]:
+    """The data set, and the mean score before and after; a data set that has both is preferred."""
+    means = {(entry.data, entry.system): entry.scores[name].mean for entry in run.scores if name in entry.scores}
+    names = [data for data, system in means if system == "student"]
+    names.sort(key=lambda data: (data, "before") not in means)
+    if not names:
+        return "", None, None
+    return names[0], means.get((names[0], "before")), means[names[0], "student"]
+
+
+def _change(before: float, after: float, places: int) -> str:
+    first, last = f"{before:.{places}f}", f"{after:.{places}f}"
+    if first == last:
+        return f"stayed at {last}"
+    return f"{'rose' if after > before else 'fell'} from {first} to {last}"
+
+
+def _model_facts(run: RunFolder, model: str) -> str:
+    details = mapping(run.provenance, "models", model)
+    parts = [model_name(run, model) or ""]
+    if (count := run.parameters(model)) is not None:
+        parts.append(f"{parameter_count(count)} parameters ({count:,})")
+    named = (("layers", "{} layers"), ("width", "width {}"), ("vocabulary", "vocabulary {}"))
+    parts.extend(form.format(_plain(details[key])) for key, form in named if details.get(key) is not None)
+    return ", ".join(part for part in parts if part)
+
+
+def _settings(value: Any) -> str:
+    """Settings on one line, the name first; nested ones by dotted keys, unset ones left out."""
+    if not isinstance(value, Mapping):
+        return _plain(value)
+    parts = [str(value["name"])] if "name" in value else []
+    parts.extend(f"{key}={text}" for key, text in _flat(value) if key != "name")
+    return ", ".join(parts[:24]) + (f", and {len(parts) - 24} more" if len(parts) > 24 else "")
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+    for key, entry in value.items():
+        if isinstance(entry, Mapping):
+            pairs.extend(_flat(entry, f"{prefix}{key}."))
+        elif _plain(entry):
+            pairs.append((f"{prefix}{key}", _plain(entry)))
+    return pairs
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = ", ".join(_words(value)) if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= 160 else text[:159] + "…"
+
+
+def _words(values: Any) -> list[str]:
+    return [str(value) for value in values] if isinstance(values, list | tuple) else [str(values)]
