@@ -1,4 +1,4 @@
-"""Settings for every test: no network, no progress bars, one thread (the models are tiny; more threads only contend)."""
+"""Settings for every test: no network, no progress bars, one thread (tiny models only lose by more)."""
 
 import os
 
@@ -7,8 +7,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import torch  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+import torch
+from transformers.utils import logging
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()

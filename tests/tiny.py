@@ -117,7 +117,7 @@ _DROPOUTS = {
 
 
 def tiny_config(kind: str = "llama", vocab_size: int = 300, layers: int = 2, **changes: Any) -> dict[str, Any]:
-    """A model configuration as a plain dictionary, ``model_type`` included; without dropout unless ``changes`` add it."""
+    """A model configuration as a plain dictionary, ``model_type`` included; no dropout unless ``changes`` has it."""
     sizes = {"vocab_size": vocab_size, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
     depths = dict.fromkeys(_DEPTHS.get(kind, ["num_hidden_layers"]), layers)
     no_dropout = dict.fromkeys(_DROPOUTS.get(kind, ["attention_dropout"]), 0.0)
@@ -132,9 +132,7 @@ def _build(auto: Any, kind: str, vocab_size: int, layers: int, seed: int, **chan
         model = auto.from_config(config)
         # Distinct biases and scales, so that a forgotten one shows; larger weights, so that rows differ.
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.data.normal_(std=0.1)
-            elif name.endswith("bias"):
+            if parameter.ndim > 1 or name.endswith("bias"):
                 parameter.data.normal_(std=0.1)
         model.tie_weights()
     return model.eval()
@@ -146,7 +144,7 @@ def tiny_causal(kind: str = "llama", vocab_size: int = 300, layers: int = 2, see
 
 
 def tiny_seq2seq(kind: str = "bart", vocab_size: int = 300, layers: int = 2, seed: int = 0, **config: Any) -> Any:
-    """An encoder-decoder model in eval mode: bart, marian or t5; ``final_logits_bias`` is not zero where there is one."""
+    """An encoder-decoder model in eval mode: bart, marian or t5, any ``final_logits_bias`` not zero."""
     model: Any = _build(AutoModelForSeq2SeqLM, kind, vocab_size, layers, seed, **config)
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias.copy_(torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(seed + 1)))

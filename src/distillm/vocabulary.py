@@ -1,6 +1,7 @@
 """Vocabularies: the entries two models share, the tokens that end a response, and training a tokenizer."""
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any, Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -10,7 +11,7 @@ from .errors import DataError, ModelError
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 _SPECIAL = [PAD, EOS, UNK]
-_BYTES = 256
+_SMALLEST = {"bpe": 256 + len(_SPECIAL), "unigram": len(_SPECIAL) + 3}
 # Lengths are limited by the data settings; this only has to be finite and above them all.
 _NO_LIMIT = 1 << 20
 
@@ -50,7 +51,7 @@ def padded_note(student_vocab: int, teacher_vocab: int, num_tokens: int) -> str 
         if size < num_tokens:
             raise ModelError(
                 f"the {name} knows {size} tokens but its tokenizer has {num_tokens}: use the tokenizer it was "
-                "made with, or give it a vocabulary_size of at least that".replace("vocabulary_size", "vocab_size")
+                "made with, or give a model built from a config at least that vocab_size"
             )
     if student_vocab == teacher_vocab:
         return None
@@ -85,35 +86,35 @@ def train_tokenizer(
     size: int,
     chat_template: str | None = None,
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most ``size`` tokens learned from ``texts``, special tokens ``<pad>``, ``</s>``, ``<unk>`` first.
+    """A tokenizer of at most ``size`` tokens learned from ``texts``; its first are ``<pad>``, ``</s>`` and ``<unk>``.
 
     ``bpe`` works on bytes and gives back any text; ``unigram`` knows only the characters it has seen. Raises DataError
     for empty texts, and for a size with no room for the bytes or characters.
     """
-    if model == "bpe":
-        smallest = _BYTES + len(_SPECIAL)
-        if size < smallest:
-            raise DataError(f"a BPE tokenizer of {size} tokens is too small: its bytes alone need {smallest}")
-        tokenizer, trainer = _byte_level_bpe(size)
-    elif model == "unigram":
-        tokenizer, trainer = _unigram(size)
-    else:
+    if model not in _MODELS:
         raise DataError(f"there is no tokenizer model {model!r}: give bpe or unigram")
-    seen: set[str] = set()
-    needed = len(_SPECIAL) + 1
-    if model == "unigram" and size < needed:
-        raise DataError(f"a Unigram tokenizer of {size} tokens is too small: it needs more than {needed}")
-    try:
-        tokenizer.train_from_iterator(_noting(texts, seen), trainer)
-    except Exception as error:  # the trainer raises nothing more specific
-        if "not large enough" not in str(error):
-            raise
-        needed = len(_SPECIAL) + len({c for c in seen if not c.isspace()} | {"▁"})
-        raise DataError(
-            f"a Unigram tokenizer of {size} tokens is too small: the characters alone need {needed}"
-        ) from error
-    if all(c.isspace() for c in seen):
+    if size < _SMALLEST[model]:
+        raise DataError(f"a {model} tokenizer of {size} tokens is too small: it needs at least {_SMALLEST[model]}")
+    written = (text for text in texts if text.strip())
+    first = next(written, None)
+    if first is None:
         raise DataError("there is no text to learn a tokenizer from: the texts are empty")
+    tokenizer, trainer = _MODELS[model](size)
+    seen = set(" ")
+    failure = None
+    try:
+        tokenizer.train_from_iterator(_noting(chain([first], written), seen), trainer)
+    except Exception as error:
+        if "not large enough" not in str(error):  # the trainer raises nothing more specific
+            raise
+        failure = error
+    # One more than the characters, or else the Unigram trainer exceeds the size it is given.
+    if model == "unigram" and size < (smallest := len(_SPECIAL) + len(seen) + 1):
+        raise DataError(
+            f"a unigram tokenizer of {size} tokens is too small: the characters of these texts need at least {smallest}"
+        ) from failure
+    if failure is not None:
+        raise failure
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -149,3 +150,6 @@ def _unigram(size: int) -> tuple[Any, Any]:
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=_SPECIAL, unk_token=UNK, show_progress=False)
     return tokenizer, trainer
+
+
+_MODELS = {"bpe": _byte_level_bpe, "unigram": _unigram}

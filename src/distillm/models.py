@@ -1,0 +1,361 @@
+"""Models: loading and building them, reading their ``Head``, and making a student out of a teacher's layers."""
+
+import copy
+import difflib
+import importlib
+import importlib.util
+import re
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from .errors import ConfigError, ModelError
+from .heads import HeadReader, head_of
+
+__all__ = ["HeadReader", "best_device", "freeze", "head_of", "load_model", "load_tokenizer", "num_parameters", "shrink"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece*")
+_DROPOUT = re.compile(
+    r"^(?!classifier|summary|moe_token|adaptor|speech|t2u|var_pred).*(dropout(_prob|_rate|_p)?|pdrop)$"
+)
+_DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
+# Older spellings that transformers still understands, though no configuration lists them.
+_CONFIG_ALIASES = {"rope_theta", "rope_scaling", "attn_implementation", "dtype", "torch_dtype"}
+
+
+def best_device() -> str:
+    """The fastest kind of device here: ``cuda``, else ``mps``, else ``cpu``."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def num_parameters(model: nn.Module) -> int:
+    """How many numbers ``model`` learns or holds frozen; tied weights count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def freeze(model: Model) -> Model:
+    """Put ``model`` in eval mode, ask for no gradients, and return it."""
+    return model.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def load_tokenizer(
+    path: str | Path, *, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, a hub name or a GGUF file.
+
+    Without a padding token of its own it pads with its end token: masks come from lengths, so the two never mix, and
+    no embedding is added. Raises ModelError where there is no tokenizer.
+    """
+    source, gguf_file = _locate(path, gguf_file)
+    if gguf_file is None and source.is_dir() and not any(any(source.glob(name)) for name in _TOKENIZER_FILES):
+        raise ModelError(
+            f"{source} holds no tokenizer: copy tokenizer.json and tokenizer_config.json there from the model it came "
+            "from, name another folder as its tokenizer, or train one with `distillm tokenizer`"
+        )
+    with _explained(f"the tokenizer of {path}"), _quiet(source, gguf_file):
+        extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+        tokenizer = AutoTokenizer.from_pretrained(source.as_posix(), trust_remote_code=trust_remote_code, **extra)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                f'the tokenizer of {path} has neither a padding nor an end token: add "eos_token" (the token that ends '
+                "a response) to its tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    path: str | Path | None,
+    *,
+    config: Mapping[str, Any] | None = None,
+    gguf_file: str | None = None,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    dropout: float | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A transformers language model, in eval mode: from a folder, a hub name or a GGUF file, or built from ``config``.
+
+    ``config`` is a dictionary such as ``{"model_type": "llama", "hidden_size": 64}``; its weights are drawn from
+    ``seed`` alone, without touching the global generators. ``dtype`` is a name such as ``float32`` or ``auto`` (as
+    saved); ``device`` None is ``best_device()``. ``dropout`` sets every dropout probability of the model; None leaves
+    them. Pickled weights and a repository's own code are read only with ``trust_remote_code``. Raises ModelError,
+    or ConfigError for a bad setting.
+    """
+    if (path is None) == (config is None):
+        raise ConfigError("a model needs either a path or a config (to build it from), and not both")
+    if isinstance(dtype, str) and dtype not in _DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}, but must be one of {', '.join(_DTYPES)}")
+    place = _device(device)
+    if path is None:
+        assert config is not None
+        model = _build(config, dtype, dropout, seed, trust_remote_code)
+    else:
+        model = _load(path, gguf_file, dtype, dropout, trust_remote_code)
+    return model.to(place).eval()  # pyright: ignore[reportArgumentType] (its decorator hides nn.Module.to)
+
+
+def _load(
+    path: str | Path, gguf_file: str | None, dtype: str | torch.dtype, dropout: float | None, trusted: bool
+) -> PreTrainedModel:
+    source, gguf_file = _locate(path, gguf_file)
+    extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    with _explained(f"the model {path}"), _quiet(source, gguf_file):
+        config = AutoConfig.from_pretrained(source.as_posix(), trust_remote_code=trusted, **extra)
+        _set_dropout(config, dropout)
+        if gguf_file is not None:
+            extra |= _dequantized()
+        elif not trusted:
+            _refuse_pickles(source)
+            extra["use_safetensors"] = True
+        model, report = _auto_class(config).from_pretrained(
+            source.as_posix(),
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trusted,
+            output_loading_info=True,
+            **extra,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"the weights of {path} lack {len(missing)} tensors of {type(model).__name__} (the first is {missing[0]}): "
+            "it is not a complete language model; give the folder of one that is"
+        )
+    return _unmarked(model) if gguf_file is not None else model
+
+
+def _build(
+    settings: Mapping[str, Any], dtype: str | torch.dtype, dropout: float | None, seed: int, trusted: bool
+) -> PreTrainedModel:
+    kind = settings.get("model_type")
+    if not isinstance(kind, str):
+        raise ConfigError('a model\'s config needs "model_type", the name of its architecture, such as "llama"')
+    with _explained(f"a {kind} model from its config"):
+        _check_names(kind, settings)
+        config = AutoConfig.for_model(**settings)
+        if not config.is_encoder_decoder:
+            # An architecture's default ids belong to some other tokenizer: they would end responses at random tokens.
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(config, name, settings.get(name))
+        _set_dropout(config, dropout)
+        if dtype == "auto":
+            dtype = config.dtype or "float32"
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # built on the CPU: this one alone draws the weights
+            return _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trusted)
+
+
+def _check_names(kind: str, settings: Mapping[str, Any]) -> None:
+    """Transformers keeps a misspelt setting without using it; this names it instead."""
+    try:
+        default = AutoConfig.for_model(kind)
+    except ValueError:
+        raise ConfigError(f"model_type {kind!r} is unknown to this version of transformers") from None
+    known = {*default.to_dict(), *default.attribute_map, *_CONFIG_ALIASES}
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"a {kind} model's config has no setting {name!r}{hint}")
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        place = torch.device(best_device() if device is None else device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"the device {str(device)!r} cannot be used here ({_first_line(error)}); try cpu") from error
+    return place
+
+
+def _set_dropout(config: PretrainedConfig, dropout: float | None) -> None:
+    if dropout is None:
+        return
+    if not 0.0 <= dropout < 1.0:
+        raise ConfigError(f"dropout is {dropout}, but must be at least 0 and below 1")
+    settings = config.to_dict()
+    names = [n for n, v in settings.items() if _DROPOUT.match(n) and isinstance(v, int | float) and v is not True]
+    if not names and dropout > 0:
+        raise ConfigError(f"dropout is {dropout}, but a {config.model_type} model has no dropout to set; leave it out")
+    for name in names:
+        setattr(config, name, float(dropout))
+
+
+def _locate(path: str | Path, gguf_file: str | None) -> tuple[Path, str | None]:
+    """The folder or hub name, and the GGUF file in it if there is one."""
+    source = Path(path).expanduser()
+    if gguf_file is None and source.suffix == ".gguf":
+        source, gguf_file = source.parent, source.name
+    if gguf_file is not None and importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"reading the GGUF file {gguf_file} needs another package: pip install 'distillm[gguf]'")
+    if source.is_file():
+        raise ModelError(f"{source} is a file: give the folder it is in, or a .gguf file")
+    if not source.is_dir() and (source.is_absolute() or len(source.parts) > 2 or str(path).startswith((".", "~"))):
+        raise ModelError(f"there is no folder {source}: give a model folder, a .gguf file, or a hub name (owner/name)")
+    if gguf_file is not None and source.is_dir() and not (source / gguf_file).is_file():
+        raise ModelError(f"there is no file {source / gguf_file}")
+    return source, gguf_file
+
+
+def _refuse_pickles(source: Path) -> None:
+    pickles = [p.name for p in sorted(source.glob("*")) if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    if pickles and not any(source.glob("*.safetensors")):
+        raise ModelError(
+            f"the weights of {source} are pickled ({pickles[0]}), and unpickling can run any code: save them as "
+            "safetensors (save_pretrained does), or set trust_remote_code if you trust their author"
+        )
+
+
+def _dequantized() -> dict[str, Any]:
+    """Newer transformers would leave GGUF weights packed where a kernel exists, and such weights cannot be trained."""
+    import transformers
+
+    made = getattr(transformers, "GgufConfig", None)
+    return {} if made is None else {"quantization_config": made(dequantize=True)}
+
+
+def _unmarked(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` without the marks of quantization, which would forbid saving it though its weights are plain."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        model.__dict__.pop(name, None)
+    model.config.__dict__.pop("quantization_config", None)
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip()
+
+
+@contextmanager
+def _explained(what: str) -> Generator[None]:
+    """Turn the many errors of a failed load into one line of ours."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ConfigError(f"cannot make {what}: {' '.join(str(error).split())}") from error
+    except _LOADING_ERRORS as error:
+        reason = _first_line(error)
+        if "connect" in reason or "offline" in reason.lower():
+            reason = "there is no such folder here, and the hub cannot be reached"
+        raise ModelError(f"cannot load {what}: {reason}") from error
+
+
+@contextmanager
+def _quiet(source: Path, gguf_file: str | None) -> Generator[None]:
+    """No progress bars while a local folder is read; a download keeps its own."""
+    with ExitStack() as after:
+        if source.is_dir() and logging.is_progress_bar_enabled():
+            logging.disable_progress_bar()
+            after.callback(logging.enable_progress_bar)
+        if gguf_file is not None:
+            # Its own bar heeds no setting.
+            reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+            after.callback(setattr, reader, "tqdm", reader.tqdm)
+            reader.tqdm = partial(reader.tqdm, disable=True)
+        yield
+
+
+# -------------------------------------------------------------------------------------------------------- shrinking
+
+
+def shrink(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
+    """A student that starts as ``teacher`` with only some of its decoder layers, in eval mode on the same device.
+
+    A number keeps that many evenly spaced layers, the first and the last among them; a sequence names them, ascending
+    from 0. Embeddings, norms, head and generation settings are copies. Raises ModelError for layers that do not exist
+    and for models whose layers cannot be taken out (encoder-decoders, unknown structures).
+    """
+    config: Any = copy.deepcopy(teacher.config)
+    if config.is_encoder_decoder:
+        raise ModelError(f"only decoder-only models can be shrunk, and {type(teacher).__name__} has an encoder too")
+    num_layers: int = config.num_hidden_layers
+    kept = _kept(layers, num_layers)
+    prefix = _layers_name(teacher, num_layers)
+    for name, value in _layer_lists(teacher.config, kept).items():
+        setattr(config, name, value)
+    config.num_hidden_layers = len(kept)
+    new_index = {old: new for new, old in enumerate(kept)}
+    weights: dict[str, Tensor] = {}
+    for name, tensor in teacher.state_dict().items():
+        if match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name):
+            if int(match[1]) not in new_index:
+                continue
+            name = f"{prefix}.{new_index[int(match[1])]}.{name[match.end() :]}"
+        weights[name] = tensor.detach().clone()
+    with _explained(f"layers {kept} of {type(teacher).__name__}"), _quiet(Path(), None):
+        architecture: Any = type(teacher)
+        student, report = architecture.from_pretrained(
+            None, config=config, state_dict=weights, dtype=teacher.dtype, output_loading_info=True
+        )
+    if wrong := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
+        raise ModelError(
+            f"layers {kept} of {type(teacher).__name__} do not fit a model of {len(kept)} layers (first: {wrong[0]}); "
+            "its layers differ by position, so keep a pattern that repeats"
+        )
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.to(teacher.device).eval()
+
+
+def _kept(layers: int | Sequence[int], num_layers: int) -> list[int]:
+    if isinstance(layers, int):
+        if not 1 <= layers <= num_layers:
+            raise ModelError(f"cannot keep {layers} layers: the teacher has {num_layers}, so give 1 to {num_layers}")
+        last, gaps = num_layers - 1, max(layers - 1, 1)
+        return [(i * last + gaps // 2) // gaps for i in range(layers)]
+    kept = list(layers)
+    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= num_layers:
+        raise ModelError(f"layers {kept}: give different indices in ascending order, from 0 to {num_layers - 1}")
+    return kept
+
+
+def _layers_name(teacher: nn.Module, num_layers: int) -> str:
+    """The name of the list of decoder layers; the outermost one, as experts inside a layer may be as many."""
+    for name, module in teacher.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return name
+    raise ModelError(f"{type(teacher).__name__} has no list of {num_layers} layers to choose from; it cannot be shrunk")
+
+
+def _layer_lists(config: PretrainedConfig, kept: list[int]) -> dict[str, list[Any]]:
+    """The configuration's per-layer lists, for the layers kept: one entry a layer, or the indices of some layers."""
+    lists: dict[str, list[Any]] = {}
+    for name, value in config.to_dict().items():
+        if not isinstance(value, list | tuple) or "token" in name or name == "architectures":
+            continue
+        if name in ("full_attn_idxs", "moe_layers", "mlp_only_layers"):
+            lists[name] = [new for new, old in enumerate(kept) if old in value]
+        elif len(value) == config.num_hidden_layers:
+            lists[name] = [value[i] for i in kept]
+    return lists
