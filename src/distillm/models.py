@@ -39,8 +39,12 @@ _DROPOUT = re.compile(
     r"^(?!classifier|summary|moe_token|adaptor|speech|t2u|var_pred).*(dropout(_prob|_rate|_p)?|pdrop)$"
 )
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
-# Older spellings that transformers still understands, though no configuration lists them.
-_CONFIG_ALIASES = {"rope_theta", "rope_scaling", "attn_implementation", "dtype", "torch_dtype"}
+# Understood by transformers though no default configuration lists them.
+_UNLISTED = {
+    *("rope_theta", "rope_scaling", "attn_implementation", "dtype"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+    *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
+}
 
 
 def best_device() -> str:
@@ -178,7 +182,7 @@ def _check_names(kind: str, settings: Mapping[str, Any]) -> None:
         default = AutoConfig.for_model(kind)
     except ValueError:
         raise ConfigError(f"model_type {kind!r} is unknown to this version of transformers") from None
-    known = {*default.to_dict(), *default.attribute_map, *_CONFIG_ALIASES}
+    known = {*default.to_dict(), *default.attribute_map, *_UNLISTED}
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
@@ -287,14 +291,21 @@ def _quiet(source: Path, gguf_file: str | None) -> Generator[None]:
         yield
 
 
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write an ordinary model folder: safetensors, configuration, generation settings, tokenizer."""
+    with _quiet(folder, None):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
 # -------------------------------------------------------------------------------------------------------- shrinking
 
 
-def shrink(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
+def shrink(teacher: PreTrainedModel, layers: int | Sequence[int], *, dropout: float | None = None) -> PreTrainedModel:
     """A student that starts as ``teacher`` with only some of its decoder layers, in eval mode on the same device.
 
     A number keeps that many evenly spaced layers, the first and the last among them; a sequence names them, ascending
-    from 0. Embeddings, norms, head and generation settings are copies. Raises ModelError for layers that do not exist
+    from 0. Embeddings, norms, head and generation settings are copies; ``dropout`` is as in ``load_model``. Raises ModelError for layers that do not exist
     and for models whose layers cannot be taken out (encoder-decoders, unknown structures).
     """
     config: Any = copy.deepcopy(teacher.config)
@@ -306,6 +317,7 @@ def shrink(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedM
     for name, value in _layer_lists(teacher.config, kept).items():
         setattr(config, name, value)
     config.num_hidden_layers = len(kept)
+    _set_dropout(config, dropout)
     new_index = {old: new for new, old in enumerate(kept)}
     weights: dict[str, Tensor] = {}
     for name, tensor in teacher.state_dict().items():
