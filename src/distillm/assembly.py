@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import methods, sources
@@ -69,8 +70,8 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
     tokenizer = _tokenizer(given, teacher_tokenizer)
     num_tokens = shared_tokens(tokenizer, teacher_tokenizer or tokenizer)
     for name, model in (("student", student), ("teacher", teacher)):
-        size = model.get_input_embeddings().weight.shape[0] if model is not None else num_tokens
-        if cast(int, size) < num_tokens:
+        size = num_tokens if model is None else _vocabulary(model)
+        if size < num_tokens:
             raise ModelError(f"the {name} has {size} embeddings, fewer than the {num_tokens} tokens of its tokenizer")
     if teacher is not None:
         said = padded_note(_vocabulary(student), _vocabulary(teacher), num_tokens)
@@ -154,7 +155,7 @@ def answered(run: Run, rows: Rows, models: Models, responses: Responses, *, keep
         return rows
     written = {e.id: e for e in responses(wanted)}
     texts = models.tokenizer.batch_decode([e.response for e in written.values()], skip_special_tokens=True)
-    references = {row: [text.strip()] for row, text in zip(written, cast(list[str], texts), strict=True)}
+    references = {row: [text.strip()] for row, text in zip(written, texts, strict=True)}
     return Rows([written.get(e.id, e) for e in rows.examples], rows.references | references)
 
 
@@ -189,7 +190,7 @@ def make_method(run: Run, models: Models, train: Sequence[Example], buffer: Repl
 def make_sampling(run: Run, temperature: float | None = None) -> Sampling:
     """The run's decoding settings."""
     given = run.generation.model_dump(exclude={"batch_size"})
-    return Sampling(**given | ({} if temperature is None else {"temperature": temperature}))
+    return Sampling(**cast(dict[str, Any], given | ({} if temperature is None else {"temperature": temperature})))
 
 
 def make_optimizer(run: Run, student: PreTrainedModel) -> torch.optim.AdamW:
@@ -256,4 +257,4 @@ def _tokenizer(given: Any, other: PreTrainedTokenizerBase | None) -> PreTrainedT
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
-    return cast(int, model.get_input_embeddings().weight.shape[0])
+    return cast(Tensor, model.get_input_embeddings().weight).shape[0]

@@ -165,7 +165,7 @@ def _generators() -> dict[str, Tensor]:
 
 
 def _numpy_position() -> dict[str, Any]:
-    state = cast(dict[str, Any], np.random.get_state(legacy=False))
+    state = np.random.get_state(legacy=False)
     return {"pos": int(state["state"]["pos"]), "has_gauss": state["has_gauss"], "gauss": state["gauss"]}
 
 

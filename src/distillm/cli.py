@@ -59,7 +59,7 @@ def train(
     distillm train runs/second resume=auto      goes on where an interrupted run stopped
     distillm train run.yaml method.name=kd      another method (sft, kd, distillm) on the same data
 
-    Every setting, its default and meaning: `distillm schema`. A working file to start from: `distillm recipes show demo`.
+    Every setting, its default and meaning: `distillm schema`. A file to start from: `distillm recipes show NAME`.
     """
     run = load_run(source, overrides or [])
     if Path(source).is_dir() and not any(o.startswith("output=") for o in overrides or []):

@@ -13,7 +13,7 @@ from .data import InstructionTask
 from .display import Display
 from .errors import ConfigError, DataError
 from .evaluation import Result
-from .models import load_model, load_tokenizer, num_parameters
+from .models import load_model, load_tokenizer, num_parameters, save_model
 from .models import shrink as shrunk
 
 
@@ -68,8 +68,7 @@ def shrink_to(teacher: str, target: Path, layers: int | list[int], trust_remote_
     model = load_model(teacher, device="cpu", trust_remote_code=trust_remote_code)
     student = shrunk(model, layers)
     with written_aside(target) as scratch:
-        student.save_pretrained(scratch)
-        load_tokenizer(teacher, trust_remote_code=trust_remote_code).save_pretrained(scratch)
+        save_model(student, load_tokenizer(teacher, trust_remote_code=trust_remote_code), scratch)
     before, after = num_parameters(model), num_parameters(student)
     kept: Any = student.config
     return f"{target}: {kept.num_hidden_layers} layers, {after / 1e6:.1f}M of {before / 1e6:.1f}M parameters"

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -155,11 +155,11 @@ def _respond(
         use_cache=True,
     )
     with eval_mode(model), _own_settings(model):
-        out: Any = model.generate(
+        out: Any = cast(Any, model).generate(
             inputs=ids,
             attention_mask=mask,
             generation_config=settings,
-            logits_processor=LogitsProcessorList([choose]),  # pyright: ignore[reportArgumentType]
+            logits_processor=LogitsProcessorList([choose]),
         )
     return [_until_end(row, end_ids) for row in out[:, longest:].tolist()]
 

@@ -305,8 +305,9 @@ def shrink(teacher: PreTrainedModel, layers: int | Sequence[int], *, dropout: fl
     """A student that starts as ``teacher`` with only some of its decoder layers, in eval mode on the same device.
 
     A number keeps that many evenly spaced layers, the first and the last among them; a sequence names them, ascending
-    from 0. Embeddings, norms, head and generation settings are copies; ``dropout`` is as in ``load_model``. Raises ModelError for layers that do not exist
-    and for models whose layers cannot be taken out (encoder-decoders, unknown structures).
+    from 0. Embeddings, norms, head and generation settings are copies; ``dropout`` is as in ``load_model``.
+    Raises ModelError for layers that do not exist and for models whose layers cannot be taken out (encoder-decoders,
+    unknown structures).
     """
     config: Any = copy.deepcopy(teacher.config)
     if config.is_encoder_decoder:

@@ -29,6 +29,7 @@ from .train import Step
 
 SAMPLED = "samples.jsonl"
 METRICS = "metrics.jsonl"
+SYSTEMS = {"before": "the student before training", "student": "the student", "teacher": "the teacher"}
 
 
 def distill(run: Run, display: Display | None = None, command: str | None = None) -> Path:
@@ -228,7 +229,7 @@ def _score_tests(project: Project, model: PreTrainedModel, system: str) -> None:
         file = f"{name}-{system}"
         if project.folder.has_eval(file):
             continue
-        with project.display.phase(f"score the {system} on {name}", len(rows.examples) * len(seeds)) as advance:
+        with project.display.phase(f"score {SYSTEMS[system]} on {name}", len(rows.examples) * len(seeds)) as advance:
             checked = unless_stopped(project.stop, advance)
             result = assess(
                 run,

@@ -18,6 +18,7 @@ from .errors import Interrupted
 from .folder import RunFolder
 from .generation import generate
 from .methods import Method
+from .models import save_model
 from .sources import ReplayBuffer, steps_per_epoch
 from .teacher import Responses
 from .train import Step, training_steps
@@ -109,12 +110,9 @@ def steps(project: Project) -> Iterator[Step]:
 def save_student(models: Models, target: Path) -> None:
     """An ordinary model folder: weights, configuration, generation settings and tokenizer."""
     with written_aside(target) as scratch:
-        student = models.student
-        if student.generation_config is not None:
-            student.generation_config.eos_token_id = list(models.end_ids)
-            student.generation_config.pad_token_id = models.pair.pad_id
-        student.save_pretrained(scratch)
-        models.tokenizer.save_pretrained(scratch)
+        models.student.generation_config.eos_token_id = list(models.end_ids)
+        models.student.generation_config.pad_token_id = models.pair.pad_id
+        save_model(models.student, models.tokenizer, scratch)
 
 
 def _responses(run: Run, models: Models, folder: RunFolder, display: Display, stop: threading.Event) -> Responses:

@@ -82,8 +82,8 @@ def off_policy(
 
     One ``u ~ U(0, 1)`` decides both: with ``u < probability * replay_ratio`` the current student answers the step's
     prompts into the buffer; with ``u < probability`` the step trains on a sample of the buffer (arXiv:2402.03898,
-    algorithm 1). A buffer with less than a batch is filled first. ``fill_first`` generates until it is full and ``train_on_fresh``
-    trains on the new rows themselves, as the authors' code does.
+    algorithm 1). A buffer with less than a batch is filled first. ``fill_first`` generates until it is full and
+    ``train_on_fresh`` trains on the new rows themselves, as the authors' code does.
     """
 
     def source(state: State) -> Draw:

@@ -105,7 +105,7 @@ def _update(
     state: State,
 ) -> float:
     """One optimizer step, if everything is finite; the norm of the gradient before clipping."""
-    norm = float(accelerator.clip_grad_norm_(pair.student.parameters(), max_grad_norm))
+    norm = float(cast(Tensor, accelerator.clip_grad_norm_(pair.student.parameters(), max_grad_norm)))
     figures = {**terms, "gradient norm": norm}
     wrong = [name for name, value in figures.items() if not abs(value) < float("inf")]
     if wrong:
