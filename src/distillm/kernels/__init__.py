@@ -1,0 +1,165 @@
+"""Losses straight from hidden states: the front door to the fused vocabulary projections.
+
+``eager`` defines the answer; ``chunked`` gives the same within rounding, in memory that does not grow with the rows.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..divergences import DIVERGENCES, Divergence
+from ..errors import ConfigError
+from ..types import Head
+from . import chunked, eager
+from .eager import logits
+
+__all__ = ["linear_cross_entropy", "linear_divergence", "logits"]
+
+Impl = Literal["auto", "eager", "chunked"]
+
+
+@overload
+def linear_divergence(
+    divergence: str | Divergence,
+    teacher: Head,
+    student: Head,
+    weights: Tensor,
+    *,
+    impl: Impl = "auto",
+    per_row: Literal[False] = False,
+    byte_budget: int | None = None,
+    **parameters: float | Tensor,
+) -> Tensor: ...
+
+
+@overload
+def linear_divergence(
+    divergence: str | Divergence,
+    teacher: Head,
+    student: Head,
+    weights: Tensor,
+    *,
+    impl: Impl = "auto",
+    per_row: Literal[True],
+    byte_budget: int | None = None,
+    **parameters: float | Tensor,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_divergence(
+    divergence: str | Divergence,
+    teacher: Head,
+    student: Head,
+    weights: Tensor,
+    *,
+    impl: Impl = "auto",
+    per_row: bool = False,
+    byte_budget: int | None = None,
+    **parameters: float | Tensor,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``weights @ divergence(log_softmax(logits(teacher)), log_softmax(logits(student)), **parameters)``.
+
+    A scalar, float32 (float64 for a float64 student), differentiable in the student's hidden, weight and bias only;
+    with ``per_row``, also the values ``[N]``, detached. ``weights`` is ``[N]``. ``divergence`` is a name in
+    ``DIVERGENCES`` or a function ``(p, q, **parameters)``, ``[..., V] -> [...]``, of each row alone; ``parameters`` are
+    numbers, or tensors ``[N]`` that reach it as ``[N, 1]``. ``byte_budget`` bounds what ``chunked`` takes beside inputs
+    and gradients (256 MiB on a CPU, else 1 GiB); one backward may run through its result. Raises ``ConfigError`` for an
+    unknown name, ``ValueError`` where shapes do not fit.
+    """
+    function = DIVERGENCES[_known(divergence, DIVERGENCES, "divergence")] if isinstance(divergence, str) else divergence
+    chosen = _implementation(impl)
+    num_rows = student.hidden.shape[0]
+    _check_rows(num_rows, teacher=teacher.hidden, weights=weights)
+    if _vocabulary(teacher) != _vocabulary(student):
+        raise ValueError(
+            f"the teacher's head has {_vocabulary(teacher)} entries and the student's {_vocabulary(student)}; "
+            "narrow both to the entries they share (Head.narrow)"
+        )
+    weights = weights.detach()
+    rowwise = {k: v.detach().expand(num_rows) if isinstance(v, Tensor) else v for k, v in parameters.items()}
+    if chosen == "eager":
+        values = eager.divergence_rows(function, teacher, student, rowwise)
+        total, values = _weighted_sum(weights, values), values.detach()
+    else:
+        total, values = chunked.divergence_rows(function, teacher, student, weights, rowwise, byte_budget)
+    return (total, values) if per_row else total
+
+
+@overload
+def linear_cross_entropy(
+    student: Head,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    impl: Impl = "auto",
+    per_row: Literal[False] = False,
+    byte_budget: int | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    student: Head,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    impl: Impl = "auto",
+    per_row: Literal[True],
+    byte_budget: int | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_cross_entropy(
+    student: Head,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    impl: Impl = "auto",
+    per_row: bool = False,
+    byte_budget: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``weights @ cross_entropy(logits(student), labels, reduction="none")``.
+
+    As ``linear_divergence``, with ``labels`` ``[N]`` int64 for a teacher. A row whose label is ``IGNORE`` is worth 0.
+    """
+    chosen = _implementation(impl)
+    _check_rows(student.hidden.shape[0], labels=labels, weights=weights)
+    weights = weights.detach()
+    if chosen == "eager":
+        values = eager.cross_entropy_rows(student, labels)
+        total, values = _weighted_sum(weights, values), values.detach()
+    else:
+        total, values = chunked.cross_entropy_rows(student, labels, weights, byte_budget)
+    return (total, values) if per_row else total
+
+
+def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+    # Not by @, which autocast would carry out in low precision.
+    return (weights.to(values.dtype) * values).sum()
+
+
+def _implementation(impl: str) -> str:
+    known = _known(impl, ("auto", "eager", "chunked"), "implementation")
+    return "chunked" if known == "auto" else known
+
+
+def _known(name: str, names: Iterable[str], what: str) -> str:
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}"
+        raise ConfigError(f"unknown {what} {name!r}; {hint}")
+    return name
+
+
+def _vocabulary(head: Head) -> int:
+    return head.hidden.shape[1] if head.weight is None else head.weight.shape[0]
+
+
+def _check_rows(num_rows: int, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.shape[:1] != torch.Size([num_rows]):
+            raise ValueError(f"the student has {num_rows} rows, {name} has shape {tuple(tensor.shape)}; give one each")
