@@ -1,6 +1,9 @@
 """Settings for every test: no network, no progress bars, one thread (tiny models only lose by more)."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -12,3 +15,13 @@ from transformers.utils import logging
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked ``data`` read ../shared: skipped where it is absent, failed where it was asked for."""
+    if item.get_closest_marker("data") and not SHARED.is_dir():
+        if os.environ.get("DISTILLM_REQUIRE_DATA"):
+            pytest.fail("../shared is absent, and these tests were asked for by name")
+        pytest.skip("needs ../shared, which is absent")

