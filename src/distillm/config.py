@@ -1,7 +1,6 @@
 """``Run``: the one validated configuration, from YAML and dotted overrides. Never imports torch."""
 
 import difflib
-import types
 import typing
 from collections.abc import Sequence
 from importlib import resources
@@ -11,19 +10,30 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
 
 from .errors import ConfigError
+from .explain import explain, takes_text
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):  # which pydantic would take for 0 or 1, and YAML reads yes and on so
+        raise ValueError(f"must be a number; given: {str(value).lower()}")
+    return value
+
+
+Number = BeforeValidator(_number)
+PositiveInt = Annotated[int, Field(gt=0), Number]
+NonNegativeInt = Annotated[int, Field(ge=0), Number]
+PositiveFloat = Annotated[float, Field(gt=0), Number]
+NonNegativeFloat = Annotated[float, Field(ge=0), Number]
+Fraction = Annotated[float, Field(ge=0, le=1), Number]
+Decay = Annotated[float, Field(ge=0, lt=1), Number]
 DivergenceName = Literal[
     "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "symmetric_kl"
 ]
@@ -33,7 +43,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Section(BaseModel):
     """A part of the configuration; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Model(Section):
@@ -101,7 +113,7 @@ class Data(Section):
     """How the teacher writes them; 0 is greedy."""
     text: str | None = None
     """A plain-text corpus for the language-model loss (.txt, or JSON Lines with a field `text`)."""
-    text_length: Annotated[int, Field(ge=2)] = 512
+    text_length: Annotated[int, Field(ge=2), Number] = 512
     """Tokens per row of plain text."""
     text_weight: NonNegativeFloat = 1.0
     """Weight of the language-model loss on plain text."""
@@ -120,6 +132,7 @@ class Sft(Section):
     """Supervised fine-tuning: cross-entropy on the responses."""
 
     name: Literal["sft"] = "sft"
+    """Supervised fine-tuning."""
 
 
 class Skewed(Section):
@@ -127,9 +140,9 @@ class Skewed(Section):
 
     divergence: DivergenceName
     """The divergence, teacher first."""
-    alpha: Annotated[float, Field(ge=0, lt=1)] | None = None
+    alpha: Annotated[float, Field(ge=0, lt=1), Number] | None = None
     """Skew of skew_kl and skew_reverse_kl (0.1 unless set): the weight of the first argument inside the mixture."""
-    beta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    beta: Annotated[float, Field(gt=0, lt=1), Number] | None = None
     """Mixing weight of jsd (0.5 unless set)."""
     weight: Fraction | None = None
     """Share of the reverse KL in symmetric_kl (0.5 unless set)."""
@@ -147,6 +160,7 @@ class Kd(Skewed):
     """Knowledge distillation on the dataset's responses."""
 
     name: Literal["kd"] = "kd"
+    """Knowledge distillation."""
     divergence: DivergenceName = "forward_kl"
     """The divergence, teacher first; KL(p||q) as published."""
     kd_weight: Fraction = 1.0
@@ -157,6 +171,7 @@ class Distillm(Skewed):
     """DistiLLM: a skew KL on adaptively chosen, mostly replayed student responses (arXiv:2402.03898)."""
 
     name: Literal["distillm"] = "distillm"
+    """DistiLLM."""
     divergence: DivergenceName = "skew_kl"
     """skew_kl or skew_reverse_kl as published; any other as an ablation."""
     initial_probability: Fraction = 0.0
@@ -191,7 +206,7 @@ class Generation(Section):
     """0 is greedy."""
     top_k: NonNegativeInt = 0
     """0 is off."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1), Number] = 1.0
     """1 is off."""
     batch_size: PositiveInt = 32
     """Rows generated at a time."""
@@ -210,7 +225,7 @@ class Optim(Section):
     """The learning rate at the last step."""
     weight_decay: NonNegativeFloat = 0.01
     """Decay of matrices; biases and norms have none."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's averages."""
     eps: PositiveFloat = 1e-8
     """AdamW's denominator."""
@@ -227,8 +242,8 @@ class Train(Section):
     """Rows per optimizer step."""
     micro_batch_size: PositiveInt = 8
     """Rows per forward and backward; lower it when memory runs out. The result does not depend on it."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are clipped to this norm."""
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True), Number] = 1.0
+    """Gradients are clipped to this norm; .inf leaves them as they are."""
     mixed_precision: Literal["none", "bf16"] = "none"
     """Compute forward passes in a shorter type."""
     gradient_checkpointing: bool = False
@@ -259,7 +274,7 @@ class Validation(Section):
 class Evaluation(Section):
     """The scoring of test rows, after training and by `distillm eval`."""
 
-    seeds: Annotated[list[int], Field(min_length=1)] = [10, 20, 30, 40, 50]
+    seeds: Annotated[list[Annotated[int, Number]], Field(min_length=1)] = [10, 20, 30, 40, 50]
     """Decoding seeds; one is enough when greedy."""
     batch_size: PositiveInt = 32
     """Rows generated at a time."""
@@ -284,19 +299,28 @@ class Run(Section):
     """A whole run. Every key may be overridden on the command line by its dotted name."""
 
     student: Student
+    """The model that is trained."""
     teacher: Model | None = None
+    """The model that is imitated; sft alone needs none."""
     data: Data
+    """Where the rows are and how they are read."""
     method: Method = Distillm()
     """What is trained: sft, kd or distillm."""
     generation: Generation = Generation()
+    """How responses are sampled."""
     optim: Optim = Optim()
+    """AdamW and the learning rate."""
     train: Train = Train()
+    """How long and in what portions."""
     validation: Validation = Validation()
+    """What is measured while training goes on."""
     evaluation: Evaluation = Evaluation()
+    """The scoring of test rows."""
     checkpoint: Checkpoint = Checkpoint()
+    """What is kept so that a run can go on."""
     output: str = "runs/default"
     """The run folder."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32), Number] = 0
     """All draws follow from it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes cuda, then mps, then cpu."""
@@ -312,10 +336,10 @@ class Run(Section):
     @model_validator(mode="after")
     def _teacher_is_there(self) -> "Run":
         reasons = {
-            "method": self.method.name != "sft",
+            f"method {self.method.name}": self.method.name != "sft",
             "student.layers": self.student.layers is not None,
-            "data.responses": self.data.responses == "teacher",
-            "validation.select": self.validation.select == "divergence",
+            "data.responses=teacher": self.data.responses == "teacher",
+            "validation.select=divergence": self.validation.select == "divergence",
         }
         needs = [name for name, holds in reasons.items() if holds]
         if needs and (self.teacher is None or self.teacher.path is None):
@@ -338,14 +362,11 @@ def make_run(settings: dict[str, Any], overrides: Sequence[str] = (), source: st
         key, sign, value = override.partition("=")
         if not sign or not key:
             raise ConfigError(f"{override!r} is not an override; write key.path=value, such as optim.lr=1e-4")
-        try:
-            _set(settings, key.split("."), yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{override!r}: the value is not YAML ({error})") from error
+        _set(settings, key.split("."), _value(key, value))
     try:
         return Run.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(_explain(error, source)) from None
+        raise ConfigError(explain(error, Run, source)) from None
 
 
 def recipes() -> dict[str, Path]:
@@ -359,6 +380,8 @@ def read_yaml(source: str) -> dict[str, Any]:
     path = Path(source)
     if path.is_dir():
         path = path / "run.yaml"
+        if not path.is_file():
+            raise ConfigError(f"{source} is a folder without a run.yaml, so it holds no run; give a YAML file or a run")
     if not path.is_file():
         known = recipes()
         if source not in known:
@@ -370,6 +393,8 @@ def read_yaml(source: str) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds no settings; `distillm recipes show demo` prints a working file")
     return typing.cast(dict[str, Any], settings)
@@ -385,7 +410,8 @@ def as_yaml(run: Run) -> str:
 def changed(saved: dict[str, Any], run: Run) -> list[str]:
     """The settings, by dotted name, in which ``run`` differs from the settings ``saved`` in a run folder."""
     now = run.model_dump(mode="json", exclude={"resume", "overwrite", "provenance"})
-    return [f"{key}={new}" for key, new in _flat(now).items() if _flat(saved).get(key, new) != new]
+    old, new = _flat({k: v for k, v in saved.items() if k != "provenance"}), _flat(now)
+    return [f"{key}={new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -396,55 +422,22 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _value(key: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
+        if takes_text(Run, key):  # such as a template, which may look like broken YAML
+            return text
+        raise ConfigError(f"{key}={text}: the value is not YAML ({' '.join(str(error).split())})") from error
+    return text if not isinstance(value, str | None) and takes_text(Run, key) else value
+
+
 def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:
     for key in path[:-1]:
-        inner = settings.setdefault(key, {})
+        inner = settings.get(key)
+        if inner is None:
+            inner = settings[key] = {}
         if not isinstance(inner, dict):
             raise ConfigError(f"{'.'.join(path)}: {key} is not a section")
         settings = typing.cast(dict[str, Any], inner)
     settings[path[-1]] = value
-
-
-def _explain(error: ValidationError, source: str) -> str:
-    lines = [f"{source}: {error.error_count()} setting(s) cannot be used"]
-    for found in error.errors(include_url=False):
-        path = [str(part) for part in found["loc"] if str(part) not in _METHODS]
-        key = ".".join(path)
-        if found["type"] == "extra_forbidden":
-            fields = _fields_at(Run, [str(part) for part in found["loc"][:-1]])
-            lines.append(f"  {key}: no such setting.{_nearest(path[-1], fields)}")
-        elif found["type"] == "missing":
-            lines.append(f"  {key}: missing")
-        elif found["type"] == "union_tag_invalid":
-            given = str(found["input"].get("name"))
-            lines.append(f"  {key}.name: {given!r} is not a method.{_nearest(given, list(_METHODS))}")
-        elif found["type"] == "union_tag_not_found":
-            lines.append(f"  {key}.name: missing. Allowed: {', '.join(_METHODS)}")
-        elif found["type"] == "value_error":
-            lines.append(f"  {key + ': ' if key else ''}{found['msg'].removeprefix('Value error, ')}")
-        else:
-            hint = _nearest(str(found["input"]), []) if found["type"] == "literal_error" else ""
-            lines.append(f"  {key}: {found['msg']}; given: {found['input']!r}{hint}")
-    return "\n".join(lines)
-
-
-def _nearest(given: str, allowed: list[str]) -> str:
-    near = difflib.get_close_matches(given, allowed, 1, cutoff=0.5)
-    meant = f" Did you mean {near[0]}?" if near else ""
-    return f"{meant} Allowed: {', '.join(allowed)}" if allowed else ""
-
-
-_METHODS: dict[str, type[Section]] = {"sft": Sft, "kd": Kd, "distillm": Distillm}
-
-
-def _fields_at(section: type[BaseModel], path: list[str]) -> list[str]:
-    for key in path:
-        if key in _METHODS:
-            section = _METHODS[key]
-            continue
-        kinds = [section.model_fields[key].annotation] if key in section.model_fields else []
-        while kinds and isinstance(kinds[0], types.UnionType):
-            kinds = [kind for kind in typing.get_args(kinds[0]) if kind is not type(None)]
-        if kinds and isinstance(kinds[0], type) and issubclass(kinds[0], BaseModel):
-            section = kinds[0]
-    return list(section.model_fields)

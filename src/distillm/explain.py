@@ -1,0 +1,125 @@
+"""What is wrong with a configuration, said in its own dotted names."""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+MOST = 12  # lines of a message: the first mistakes explain the others
+_SECTION_EXPECTED = ("model_type", "model_attributes_type", "dict_type")
+
+
+def explain(error: ValidationError, root: type[BaseModel], source: str) -> str:
+    """One line for each setting that cannot be used: its dotted name, what was given, and what is allowed."""
+    found: dict[str, dict[str, str]] = {}
+    for one in error.errors(include_url=False):
+        key, section = located(root, one["loc"])
+        text, given = _said(one, key, section, root)
+        found.setdefault(key, {})[text] = given
+    lines = [
+        f"  {key + ': ' if key else ''}{' or '.join(said)}{next(iter(said.values()))}" for key, said in found.items()
+    ]
+    if len(lines) > MOST:
+        lines = [*lines[:MOST], f"  and {len(lines) - MOST} more"]
+    return "\n".join([f"{source}: {len(found)} setting{'s' * (len(found) > 1)} cannot be used", *lines])
+
+
+def located(root: type[BaseModel], loc: Sequence[str | int]) -> tuple[str, type[BaseModel] | None]:
+    """A validation error's place as a dotted name, and the section that its last part stands in.
+
+    Pydantic's own marks (which member of a union was tried) are left out.
+    """
+    parts, section, holder, left = list[str](), root, root, [*loc]
+    while left:
+        part = left.pop(0)
+        if part != "[key]":
+            parts.append(str(part))
+        holder, field = section, section.model_fields.get(str(part)) if section else None
+        section = None
+        if field is not None:
+            members = _members(field.annotation)
+            sections = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
+            tag = left.pop(0) if len(members) > 1 and left else None
+            section = next((s for s in sections if len(sections) == 1 or tag == _tag(s)), None)
+    return ".".join(parts), holder
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by dotted name, with its annotation; those of all members of a union."""
+    for name, field in section.model_fields.items():
+        sections = [m for m in _members(field.annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
+        if not sections:
+            yield prefix + name, field.annotation
+        for member in sections:
+            yield from leaves(member, f"{prefix}{name}.")
+
+
+def takes_text(root: type[BaseModel], key: str) -> bool:
+    """Whether the setting ``key`` is free text, so that what a user types for it is not to be read as YAML."""
+    holds = dict(leaves(root))
+    above = key.rpartition(".")[0]
+    return str in _members(holds.get(key)) or holds.get(above) == dict[str, str]
+
+
+def nearest(given: str, allowed: Sequence[str]) -> str:
+    """The allowed name that was probably meant, abbreviations such as skl included, and all that are allowed."""
+    short = [name for name in allowed if _initials(name) == given]
+    near = short or difflib.get_close_matches(given, allowed, 1, cutoff=0.5)
+    return (f" Did you mean {near[0]}?" if near else "") + f" Allowed: {', '.join(allowed)}"
+
+
+def _said(error: Any, key: str, section: type[BaseModel] | None, root: type[BaseModel]) -> tuple[str, str]:
+    """What is wrong, and what was given where that is not part of it."""
+    kind, given, name = error["type"], error["input"], key.rpartition(".")[2]
+    if kind == "extra_forbidden" and section is not None:
+        owners = sorted({path for path, _ in leaves(root) if path.rpartition(".")[2] == name} - {key})
+        elsewhere = f" Did you mean {owners[0]}?" if owners else nearest(name, list(section.model_fields))
+        return f"no such setting{_of_method(section)}.{elsewhere}", ""
+    if kind == "missing":
+        return "missing", ""
+    if kind == "union_tag_not_found":
+        return f"give its name, such as {key}.name={_tags(root, key)[0]}. Allowed: {', '.join(_tags(root, key))}", ""
+    if kind == "union_tag_invalid":
+        tag = str(error["ctx"]["tag"])
+        return f"{tag!r} is not a {key}.{nearest(tag, _tags(root, key))}", ""
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        return f"{given!r} is not allowed.{nearest(str(given), allowed)}", ""
+    if kind == "value_error":
+        return error["msg"].removeprefix("Value error, "), ""
+    if kind in _SECTION_EXPECTED:
+        example = given if kind == "model_attributes_type" and isinstance(given, str) else "value"
+        return f"must be a section of settings, such as {{name: {example}}}", _shown(given)
+    return re.sub(r"^\w+ should", "must", error["msg"]).replace(" after validation", ""), _shown(given)
+
+
+def _members(annotation: Any) -> list[Any]:
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return [member for part in typing.get_args(annotation) for member in _members(part) if member is not type(None)]
+    return [annotation]
+
+
+def _tag(section: type[BaseModel]) -> Any:
+    return section.model_fields["name"].default if "name" in section.model_fields else None
+
+
+def _of_method(section: type[BaseModel]) -> str:
+    tag = _tag(section)
+    return f" of {tag}" if tag else ""
+
+
+def _tags(root: type[BaseModel], key: str) -> list[str]:
+    return [str(_tag(member)) for member in _members(root.model_fields[key].annotation)]
+
+
+def _initials(name: str) -> str:
+    return "".join(word if word == "kl" else word[:1] for word in name.split("_"))
+
+
+def _shown(given: Any) -> str:
+    text = "nothing (leave the line out)" if given is None else repr(given)
+    return f"; given: {text if len(text) <= 80 else text[:77] + '...'}"
