@@ -34,6 +34,20 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def remove(folder: Path) -> None:
+    """Delete ``folder`` so that a kill on the way leaves no half of it under its name."""
+    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Delete the scratch that killed processes left in ``folder``."""
+    for path in [*folder.glob(".*.partial"), *folder.glob(".*.old")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @contextmanager
 def written_aside(target: Path) -> Generator[Path]:
     """A scratch folder that becomes ``target`` when the block ends well, and vanishes when it does not.
@@ -79,12 +93,10 @@ def save_checkpoint(
     target = folder / f"step-{state.step:08d}"
     with written_aside(target) as scratch:
         save_file(_student_tensors(student), scratch / "student.safetensors")
-        tensors, layout = _flatten_optimizer(optimizer)
-        save_file(tensors, scratch / "optimizer.safetensors")
+        save_file(_moments(optimizer), scratch / "optimizer.safetensors")
         save_file(_generators(), scratch / "generators.safetensors")
         saved = {
             "state": asdict(state),
-            "optimizer": layout,
             "python_random": random.getstate(),
             "numpy_random": _numpy_position(),
             "buffer": [asdict(row) for row in buffer.rows],
@@ -103,22 +115,49 @@ def load_checkpoint(
     Raises:
         StorageError: a file of the checkpoint is missing or damaged.
     """
-    try:
+    with _whole(checkpoint):
         saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(checkpoint / "student.safetensors")
         moments = load_file(checkpoint / "optimizer.safetensors")
         generators = load_file(checkpoint / "generators.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise StorageError(f"{checkpoint} is damaged: {error}. Delete it to go on from the one before.") from error
-    load_student(student, tensors)
-    _restore_optimizer(optimizer, moments, saved["optimizer"])
-    state.step, state.total_steps, state.validation = (saved["state"][k] for k in ("step", "total_steps", "validation"))
-    buffer.rows.clear()
-    buffer.rows.extend(Example(**row) for row in saved["buffer"])
-    version, internal, gauss = saved["python_random"]
-    random.setstate((version, tuple(internal), gauss))
-    _restore_generators(generators, saved["numpy_random"])
-    return {"extra": saved["extra"], "threads": saved["threads"]}
+        load_student(student, checkpoint)
+        _restore_moments(optimizer, moments)
+        for name in ("step", "total_steps", "validation"):
+            setattr(state, name, saved["state"][name])
+        buffer.rows.clear()
+        buffer.rows.extend(Example(**row) for row in saved["buffer"])
+        version, internal, gauss = saved["python_random"]
+        random.setstate((version, tuple(internal), gauss))
+        _restore_generators(generators, saved["numpy_random"])
+        return {"extra": saved["extra"], "threads": saved["threads"]}
+
+
+def load_student(student: nn.Module, checkpoint: Path) -> None:
+    """Load only the weights of ``checkpoint``.
+
+    Raises:
+        StorageError: they are missing or damaged, or of another model.
+    """
+    with _whole(checkpoint):
+        tensors = load_file(checkpoint / "student.safetensors")
+    wanted = {name: tuple(tensor.shape) for name, tensor in _student_tensors(student).items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != found:
+        odd = min(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise StorageError(
+            f"{checkpoint} is of another model: {odd} has the shape {found.get(odd, 'of nothing')} there and "
+            f"{wanted.get(odd, 'of nothing')} here. Give the student it was made with, or choose another output"
+        )
+    student.load_state_dict(tensors, strict=False)
+
+
+@contextmanager
+def _whole(checkpoint: Path) -> Generator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise StorageError(
+            f"{checkpoint} is damaged ({type(error).__name__}: {error}). Delete it to go on from the one before."
+        ) from error
 
 
 def _student_tensors(student: nn.Module) -> dict[str, Tensor]:
@@ -131,27 +170,18 @@ def _student_tensors(student: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def load_student(student: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load what ``save_checkpoint`` kept of a student."""
-    wanted = _student_tensors(student)
-    if wanted.keys() != tensors.keys():
-        odd = sorted(wanted.keys() ^ tensors.keys())[0]
-        raise StorageError(f"the checkpoint is of another model: {odd} is only in one of them")
-    student.load_state_dict(tensors, strict=False)
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    saved = optimizer.state_dict()["state"]
+    return {f"{i}/{key}": value.contiguous() for i, entry in saved.items() for key, value in entry.items()}
 
 
-def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
-    saved = optimizer.state_dict()
-    tensors = {f"{i}/{key}": value for i, entry in saved["state"].items() for key, value in entry.items()}
-    return {name: value.contiguous() for name, value in tensors.items()}, saved["param_groups"]
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: Any) -> None:
+def _restore_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     entries: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split("/", 1)
         entries.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    # The groups stay those of the settings, so that a changed weight decay is in force after a resume.
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _generators() -> dict[str, Tensor]:

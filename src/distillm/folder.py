@@ -1,11 +1,12 @@
 """The run folder: what a run writes while it goes on. See docs/architecture.md for the format of each file."""
 
+import glob
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import list_checkpoints, write_text
+from .checkpoint import list_checkpoints, remove, sweep, write_text
 from .errors import ConfigError, StorageError
 
 
@@ -21,27 +22,39 @@ class RunFolder:
         """Make the folder, or go on in it; the checkpoint to resume from, if there is one.
 
         Raises:
-            ConfigError: there is a run in it already, and neither ``resume`` nor ``overwrite`` is given.
+            ConfigError: there is a run in it already, and neither ``resume`` nor ``overwrite`` is given; or there is a
+                ``student`` in it that no run wrote.
             StorageError: the folder cannot be made.
         """
-        occupied = (self.path / "run.yaml").exists() or (self.path / "metrics.jsonl").exists()
-        if occupied and not resume:
-            if not overwrite:
-                raise ConfigError(
-                    f"{self.path} already holds a run. Go on with it by resume=auto, delete it by overwrite=true, "
-                    "or choose another folder by output=..."
-                )
-            for name in ("run.yaml", "metrics.jsonl", "samples.jsonl", "responses.jsonl", "report.html"):
-                (self.path / name).unlink(missing_ok=True)
-            for name in ("eval", "checkpoints", "student"):
-                shutil.rmtree(self.path / name, ignore_errors=True)
+        occupied = any((self.path / name).exists() for name in ("run.yaml", "metrics.jsonl"))
+        occupied = occupied or bool(list_checkpoints(self.checkpoints))
+        if self.student.exists() and not occupied:
+            raise ConfigError(f"{self.student} is there already, and no run wrote it; choose another output=...")
+        if occupied and not (resume or overwrite):
+            raise ConfigError(
+                f"{self.path} already holds a run. Go on with it by resume=auto, delete it by overwrite=true, "
+                "or choose another folder by output=..."
+            )
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path, self.checkpoints):
+                sweep(folder)
+            if occupied and not resume:
+                self._clear()
             (self.path / "eval").mkdir(exist_ok=True)
+            sweep(self.path / "eval")
         except OSError as error:
             raise StorageError(f"could not make the run folder {self.path}: {error}") from error
         found = list_checkpoints(self.checkpoints)
         return found[-1] if found else None
+
+    def _clear(self) -> None:
+        for checkpoint in list_checkpoints(self.checkpoints):
+            remove(checkpoint)
+        for name in ("eval", "student", "distillm"):  # distillm: what a tracker wrote
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in ("samples.jsonl", "responses.jsonl", "report.html", "metrics.jsonl", "run.yaml"):
+            (self.path / name).unlink(missing_ok=True)
 
     def append(self, name: str, entry: dict[str, Any]) -> None:
         """Add one line to ``metrics.jsonl`` or ``samples.jsonl``."""
@@ -67,15 +80,16 @@ class RunFolder:
         """Delete all checkpoints but the ``keep`` newest and the best."""
         for checkpoint in list_checkpoints(self.checkpoints)[:-keep]:
             if best is None or checkpoint.name != f"step-{best:08d}":
-                shutil.rmtree(checkpoint)
+                remove(checkpoint)
 
     def write_eval(self, name: str, result: dict[str, Any]) -> None:
         """Write ``eval/NAME.json``."""
         write_text(self.path / "eval" / f"{name}.json", json.dumps(result, ensure_ascii=False, indent=1))
 
-    def forget_eval(self, system: str) -> None:
-        """Drop the scores of a system that is about to change."""
-        for path in (self.path / "eval").glob(f"*-{system}.json"):
+    def forget_eval(self, *, data: str = "", system: str = "") -> None:
+        """Drop the scores on ``data``, or of ``system``, because they are about to change; all without either."""
+        name = f"{glob.escape(data) or '*'}-{glob.escape(system) or '*'}.json"
+        for path in (self.path / "eval").glob(name):
             path.unlink()
 
     def has_eval(self, name: str) -> bool:

@@ -10,11 +10,10 @@ from types import FrameType
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from .assess import answers, assess, divergences
-from .checkpoint import load_checkpoint, load_student, save_checkpoint, step_of, write_text
+from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of, write_text
 from .config import Distillm, Run, as_yaml, changed, read_yaml
 from .display import Display
 from .errors import Interrupted, TrainingError
@@ -46,19 +45,28 @@ def distill(run: Run, display: Display | None = None, command: str | None = None
     checkpoint = folder.open(resume=run.resume == "auto", overwrite=run.overwrite)
     with _interruptible(display) as stop:
         project = build(run, display, stop, folder)
-        if checkpoint is not None:
-            _resume(project, checkpoint, command)
-        else:
-            folder.forget_after(-1)
-            _describe(project, command)
-            if run.evaluation.compare:
-                _score_tests(project, project.models.student, "before")
-            _validation(project)
-        if project.state.step < project.state.total_steps:
-            folder.forget_eval("student")
-            _train(project)
+        try:
+            if checkpoint is not None:
+                _resume(project, checkpoint, command)
+            else:
+                _begin(project, command)
+            if project.state.step < project.state.total_steps:
+                folder.forget_eval(system="student")
+                _train(project)
+        except TrainingError as error:
+            _event(project, "failed", str(error))
+            raise TrainingError(f"{error}\nIn {folder.path}, {_last_good(project)}.") from error
         _finish(project)
     return folder.path
+
+
+def _begin(project: Project, command: str | None) -> None:
+    project.folder.forget_after(-1)
+    _changes(project)  # a start that was killed before its first checkpoint may have left scores
+    _describe(project, command)
+    if project.run.evaluation.compare:
+        _score_tests(project, project.models.student, "before")
+    _validation(project)
 
 
 def _describe(project: Project, command: str | None) -> None:
@@ -72,27 +80,31 @@ def _train(project: Project) -> None:
     state, run, total = project.state, project.run, project.state.total_steps
     began = state.step
     with project.display.phase("train", total, began) as advance:
-        try:
-            for step in steps(project):
-                _log_step(project, step)
-                advance(step.step, _words(step))
-                due = step.step == total or step.step % project.every == 0
-                if due:
-                    _validation(project)
-                save = run.checkpoint.every
-                if step.step == total or (step.step % save == 0 if save else due) or project.stop.is_set():
-                    _save(project)
-                if project.stop.is_set() and step.step < total:
-                    _event(project, "interrupted", "stopped by the user")
-                    raise Interrupted(
-                        f"stopped after step {step.step} of {total}; everything is saved. Go on with:\n"
-                        f"  distillm train {project.folder.path} resume=auto"
-                    )
-        except TrainingError as error:
-            _event(project, "failed", str(error))
-            last = project.checkpointed
-            kept = f"the last good checkpoint is step {last}" if last is not None else "no checkpoint was made yet"
-            raise TrainingError(f"{error}\nIn {project.folder.path}, {kept}.") from error
+        for step in steps(project):
+            _log_step(project, step)
+            advance(step.step, _words(step))
+            due = step.step == total or step.step % project.every == 0
+            if due:
+                _validation(project)
+            save = run.checkpoint.every
+            if step.step == total or (step.step % save == 0 if save else due) or project.stop.is_set():
+                _save(project)
+            if project.stop.is_set() and step.step < total:
+                _event(project, "interrupted", "stopped by the user")
+                raise Interrupted(
+                    f"stopped after step {step.step} of {total}; everything is saved. Go on with:\n"
+                    f"  distillm train {project.folder.path} resume=auto"
+                )
+
+
+def _last_good(project: Project) -> str:
+    """The newest checkpoint after which a loss was finite, in words."""
+    made, step = [step_of(c) for c in list_checkpoints(project.folder.checkpoints)], project.state.step
+    good = [s for s in made if s < step]
+    said = f"the last good checkpoint is step {good[-1]}" if good else "no good checkpoint was made"
+    if step in made:
+        said += f" (that of step {step} may hold the fault: delete it if going on from it by resume=auto fails again)"
+    return said
 
 
 def _log_step(project: Project, step: Step) -> None:
@@ -121,6 +133,11 @@ def _validation(project: Project) -> None:
     run, models, state = project.run, project.models, project.state
     examples = project.validation.examples
     figures = divergences(run, models, examples)
+    if not math.isfinite(figures["cross_entropy"]):
+        raise TrainingError(
+            f"step {state.step}: the cross-entropy on the validation rows is {figures['cross_entropy']}.\n"
+            + ("Try a lower optim.lr, or train in float32." if state.step else "The student's weights are damaged.")
+        )
     trigger = run.method.trigger if isinstance(run.method, Distillm) else "validation_loss"
     if "rouge_l" in (run.validation.select, trigger):
         rows = examples[: run.validation.rouge_rows]
@@ -175,7 +192,7 @@ def _samples(project: Project) -> None:
 def _save(project: Project) -> None:
     if project.checkpointed == project.state.step:
         return
-    extra = {"best": project.best, "teacher_texts": project.teacher_texts}
+    extra = {"best": project.best, "select": project.run.validation.select, "teacher_texts": project.teacher_texts}
     student, optimizer = project.models.student, project.optimizer
     save_checkpoint(project.folder.checkpoints, student, optimizer, project.state, project.buffer, extra)
     project.checkpointed = project.state.step
@@ -186,12 +203,14 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
     total = project.state.total_steps
     saved = load_checkpoint(checkpoint, project.models.student, project.optimizer, project.state, project.buffer)
     project.state.total_steps = total
-    best = saved["extra"]["best"]
-    project.best = None if best is None else (best[0], best[1])
-    project.teacher_texts = saved["extra"]["teacher_texts"]
+    extra = saved["extra"]
+    # The best by one figure says nothing about another.
+    comparable = extra["best"] is not None and extra["select"] == project.run.validation.select
+    project.best = (extra["best"][0], extra["best"][1]) if comparable else None
+    project.teacher_texts = extra["teacher_texts"]
     project.checkpointed = step_of(checkpoint)
     project.folder.forget_after(project.state.step)
-    differences = changed(read_yaml(str(project.folder.path)), project.run)
+    differences = _changes(project)
     said = f"from {checkpoint.name}" + (f", with changed settings: {', '.join(differences)}" if differences else "")
     _event(project, "resumed", said)
     project.display.note(f"resumed {said}")
@@ -202,12 +221,26 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
         project.display.note(f"{said}: results can differ in the last bits")
 
 
+def _changes(project: Project) -> list[str]:
+    """The settings that differ from those in the run folder, whose scores go where they would no longer compare."""
+    folder = project.folder
+    if not (folder.path / "run.yaml").exists():
+        return []
+    differences = changed(read_yaml(str(folder.path)), project.run)
+    for key in (difference.partition("=")[0] for difference in differences):
+        if key.startswith("data.test."):
+            folder.forget_eval(data=key.removeprefix("data.test."))
+        elif key.startswith(("student.", "teacher.", "data.", "generation.", "evaluation.")):
+            folder.forget_eval()
+    return differences
+
+
 def _finish(project: Project) -> None:
     """The best student becomes ``student/``; test rows are scored; the report is written."""
     models, folder = project.models, project.folder
     if project.best is not None and project.best[1] != project.state.step:
         best = folder.checkpoints / f"step-{project.best[1]:08d}"
-        load_student(models.student, load_file(best / "student.safetensors"))
+        load_student(models.student, best)
         project.display.note(f"the best validation was after step {project.best[1]}: that student is kept")
     save_student(models, folder.student)
     _score_tests(project, models.student, "student")

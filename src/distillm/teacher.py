@@ -39,7 +39,8 @@ class Responses:
 
     def __call__(self, prompts: Sequence[Example]) -> list[Example]:
         """``prompts`` with the teacher's responses, in order."""
-        missing = [p for p in prompts if _digest(p) not in self.known]
+        first = {_digest(p): p for p in reversed(prompts)}  # a prompt that comes twice is answered once
+        missing = [first[d] for d in dict.fromkeys(map(_digest, prompts)) if d not in self.known]
         for at in range(0, len(missing), self.portion):
             written = self.write(missing[at : at + self.portion])
             self._append(
