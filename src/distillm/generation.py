@@ -50,7 +50,8 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
         kth = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if sampling.top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
+        # Stable, because ties (common in bfloat16) must not be broken by the shape of the batch.
+        ordered, order = logits.sort(descending=True, stable=True)
         probabilities = ordered.softmax(-1)
         # A token stays while the mass BEFORE it is below top_p, so that the most likely one always stays.
         beyond = probabilities.cumsum(-1) - probabilities >= sampling.top_p

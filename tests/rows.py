@@ -1,0 +1,101 @@
+"""Random rows, pairs of tiny models and the running of steps on them, for the tests of everything that trains."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from distillm.methods import Context, Method
+from distillm.models import freeze, head_of
+from distillm.schedules import Schedule, constant
+from distillm.scoring import Pair
+from distillm.sources import Draw, ReplayBuffer
+from distillm.train import Step, training_steps
+from distillm.types import Example, Origin, State
+from tiny import tiny_causal
+
+NUM_TOKENS = 41
+
+
+def tokens(seed: int, length: int, below: int = NUM_TOKENS) -> list[int]:
+    return torch.randint(2, below, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def row(number: int, prompt: int = 3, response: int = 4, origin: Origin = "data", **rest: Any) -> Example:
+    """A row of ``prompt`` random tokens and ``response`` ones to be learned."""
+    marks = [False] * prompt + [True] * response
+    return Example(f"row:{number}", tokens(number, prompt + response), marks, origin, **rest)
+
+
+def prompts(*lengths: int) -> list[Example]:
+    return [row(i, length, 0) for i, length in enumerate(lengths)]
+
+
+def text_row(number: int, length: int) -> Example:
+    return Example(f"text:{number}", tokens(900 + number, length), [False] + [True] * (length - 1), "text")
+
+
+def pair_of(student: Any, teacher: Any | None, pad_id: int = 0, num_tokens: int = NUM_TOKENS) -> Pair:
+    student.requires_grad_(True)
+    read_teacher = None if teacher is None else head_of(freeze(teacher))
+    return Pair(student, teacher, head_of(student), read_teacher, num_tokens, pad_id, torch.device("cpu"))
+
+
+def tiny_pair(kind: str = "llama", dtype: torch.dtype = torch.float64, **config: Any) -> Pair:
+    """A student and a wider vocabulary's teacher; both are padded beyond the tokens they share."""
+    student = tiny_causal(kind, vocab_size=NUM_TOKENS + 3, layers=1, seed=1, **config)
+    teacher = tiny_causal("llama", vocab_size=NUM_TOKENS + 7, seed=2)
+    return pair_of(student.to(dtype), teacher.to(dtype))
+
+
+def fixed(*batches: Sequence[Example]) -> Any:
+    """A source that yields these batches in turn."""
+    return lambda state: Draw(list(batches[state.step % len(batches)]))
+
+
+def context(source: Any, generate: Any = None, capacity: int = 100, seed: int = 0) -> Context:
+    return Context(source, generate, ReplayBuffer(capacity), seed)
+
+
+class Recorder(torch.optim.SGD):
+    """Plain gradient descent that keeps the gradients and learning rates it was given."""
+
+    def __init__(self, parameters: Any):
+        super().__init__(parameters, lr=123.0)
+        self.gradients: list[list[torch.Tensor]] = []
+        self.rates: list[list[float]] = []
+
+    def step(self, closure: Any = None) -> Any:
+        every = [p for group in self.param_groups for p in group["params"]]
+        self.gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in every])
+        self.rates.append([group["lr"] for group in self.param_groups])
+        return super().step(closure)
+
+
+def one_step(pair: Pair, method: Method, micro_batch_size: int = 3, total_steps: int = 4) -> tuple[Step, list[Any]]:
+    """The step and its gradients, in the order of the student's parameters; the weights stay as they are."""
+    optimizer = Recorder(pair.student.parameters())
+    step = next(steps_of(pair, method, optimizer, State(total_steps=total_steps), 0.0, micro_batch_size))
+    return step, optimizer.gradients[0]
+
+
+def steps_of(
+    pair: Pair,
+    method: Method,
+    optimizer: Any,
+    state: State,
+    rate: float | Schedule,
+    micro_batch_size: int = 3,
+    max_grad_norm: float = 1e9,
+) -> Any:
+    return training_steps(
+        pair,
+        method,
+        optimizer,
+        state,
+        accelerator=Accelerator(cpu=True),
+        learning_rate=rate if callable(rate) else constant(rate),
+        micro_batch_size=micro_batch_size,
+        max_grad_norm=max_grad_norm,
+    )

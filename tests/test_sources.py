@@ -1,0 +1,191 @@
+"""Sources: every row once an epoch, the published share of each kind of batch, nothing remembered but the buffer."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distillm.methods import REPLAY_RATIO
+from distillm.schedules import constant
+from distillm.sources import Draw, ReplayBuffer, Source, beside, dataset, keyed, off_policy, steps_per_epoch
+from distillm.types import Example, State, answer
+from rows import row, text_row
+
+ROWS = [row(i, 2, 1) for i in range(13)]
+
+
+def numbered(prompts: Sequence[Example], state: State) -> list[Example]:
+    """A fake student: its response says at which step and where in the batch it was written."""
+    return [answer(p, [state.step, i], "student", state.step) for i, p in enumerate(prompts)]
+
+
+def replaying(buffer: ReplayBuffer, phi: float, ratio: Any = 0.5, batch: int = 4, seed: int = 7, **rest: Any) -> Source:
+    schedule: Callable[[State], float] = ratio if callable(ratio) else constant(ratio)
+    data = dataset(ROWS, batch, seed)
+    return off_policy(data, numbered, buffer, probability=constant(phi), replay_ratio=schedule, seed=seed, **rest)
+
+
+def run(source: Source, steps: int, total: int | None = None) -> list[Draw]:
+    return [source(State(step, total or steps)) for step in range(steps)]
+
+
+def written(draws: Sequence[Draw]) -> int:
+    return sum(d.batch == "generated" for d in draws)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 17), st.integers(1, 9), st.integers(0, 3))
+def test_each_epoch_visits_each_row_exactly_once(num_rows: int, batch: int, seed: int) -> None:
+    examples = [row(i, 1, 1) for i in range(num_rows)]
+    source, per_epoch = dataset(examples, batch, seed), steps_per_epoch(num_rows, batch)
+    assert per_epoch == math.ceil(num_rows / batch)
+    for epoch in range(3):
+        batches = [source(State(epoch * per_epoch + i)).rows for i in range(per_epoch)]
+        assert sorted(r.id for b in batches for r in b) == sorted(r.id for r in examples)
+        assert all(len(b) == batch for b in batches[:-1])
+
+
+def test_epochs_and_seeds_have_their_own_order_which_history_does_not_change() -> None:
+    def order(source: Source, epoch: int) -> list[str]:
+        return [r.id for i in range(4) for r in source(State(epoch * 4 + i)).rows]
+
+    source = dataset(ROWS, 4, seed=3)
+    orders = [order(source, epoch) for epoch in range(3)]
+    assert len({tuple(o) for o in orders}) == 3
+    assert order(dataset(ROWS, 4, seed=4), 0) != orders[0]
+    backwards = dataset(ROWS, 4, seed=3)
+    assert [order(backwards, epoch) for epoch in (2, 0, 1)] == [orders[2], orders[0], orders[1]]
+
+
+def test_keyed_generators_are_the_same_everywhere() -> None:
+    assert keyed(1, "replay", 2).random() == keyed(1, "replay", 2).random()
+    assert keyed(1, "replay", 2).random() != keyed(12, "replay", 2).random()
+    assert keyed(0, "replay", 0).random() == 0.7669206791271795  # SHA-512 of a text, on any machine and version
+
+
+@pytest.mark.parametrize("ratio", sorted(REPLAY_RATIO))
+@pytest.mark.parametrize("phi", [0.0, 0.15, 0.6, 1.0])
+def test_batches_have_their_published_shares(ratio: str, phi: float) -> None:
+    total = 4000
+    buffer = ReplayBuffer(50)
+    buffer.rows.extend(numbered(ROWS, State()))
+    draws = run(replaying(buffer, phi, REPLAY_RATIO[ratio]), total)
+    anew = [phi * REPLAY_RATIO[ratio](State(step, total)) for step in range(total)]
+    shares = {"generated": anew, "replayed": [phi - p for p in anew], "dataset": [1 - phi] * total}
+    for kind, probabilities in shares.items():
+        count = sum(d.batch == kind for d in draws)
+        spread = math.sqrt(sum(p * (1 - p) for p in probabilities))
+        assert abs(count - sum(probabilities)) <= 3.2905 * spread + 1e-6, kind  # 99.9 % of a normal distribution
+    assert all(d.figures["probability"] == phi for d in draws)
+    assert [d.figures["replay_ratio"] for d in draws] == [REPLAY_RATIO[ratio](State(s, total)) for s in range(total)]
+
+
+def test_one_draw_decides_so_that_a_generating_step_is_always_a_student_step() -> None:
+    buffer = ReplayBuffer(50)
+    buffer.rows.extend(numbered(ROWS, State()))
+    kinds = [d.batch for d in run(replaying(buffer, 0.5, 0.5), 1000)]
+    us = [keyed(7, "replay", step).random() for step in range(1000)]
+    assert kinds == ["generated" if u < 0.25 else "replayed" if u < 0.5 else "dataset" for u in us]
+
+
+def test_dataset_batches_are_untouched_and_student_batches_hold_buffer_rows() -> None:
+    buffer = ReplayBuffer(20)
+    source, data = replaying(buffer, 0.5), dataset(ROWS, 4, 7)
+    for step in range(200):
+        drawn = source(State(step, 200))
+        if drawn.batch == "dataset":
+            assert drawn.rows == data(State(step)).rows
+        else:
+            held = {id(r) for r in buffer.rows}
+            assert {id(r) for r in drawn.rows} <= held
+            assert len({id(r) for r in drawn.rows}) == len(drawn.rows) == len(data(State(step)).rows)
+
+
+@pytest.mark.parametrize("capacity", [1, 5, 10, 64])
+def test_the_buffer_keeps_the_newest_rows_and_no_more_than_its_capacity(capacity: int) -> None:
+    buffer, seen = ReplayBuffer(capacity), list[Example]()
+
+    def watched(prompts: Sequence[Example], state: State) -> list[Example]:
+        seen.extend(numbered(prompts, state))
+        return numbered(prompts, state)
+
+    source = off_policy(
+        dataset(ROWS, 4, 0), watched, buffer, probability=constant(0.8), replay_ratio=constant(0.5), seed=0
+    )
+    for step in range(120):
+        drawn = source(State(step, 120))
+        assert list(buffer.rows) == seen[-capacity:] if seen else not buffer.rows
+        assert drawn.figures["buffer"] == len(buffer) <= capacity
+        assert buffer.full == (len(seen) >= capacity)
+        assert drawn.rows
+    assert len(seen) > 64
+
+
+@pytest.mark.parametrize("fill_first", [False, True])
+def test_a_buffer_with_less_than_a_batch_is_filled_first(fill_first: bool) -> None:
+    capacity, batch = 10, 4
+    buffer = ReplayBuffer(capacity)
+    # A ratio of 0 never asks for new rows: all that is written is written because the buffer is too small.
+    draws = run(replaying(buffer, 1.0, 0.0, batch, fill_first=fill_first), 40)
+    filling = 3 if fill_first else 1  # 4 + 4 + 4 >= 10
+    assert [d.batch for d in draws] == ["generated"] * filling + ["replayed"] * (40 - filling)
+    assert len(buffer) == (capacity if fill_first else batch)
+
+
+def test_train_on_fresh_trains_on_the_new_rows_themselves() -> None:
+    for fresh in (False, True):
+        buffer = ReplayBuffer(12)
+        buffer.rows.extend(numbered(ROWS, State()))
+        draws = run(replaying(buffer, 1.0, 0.5, train_on_fresh=fresh), 60)
+        steps = [step for step, d in enumerate(draws) if d.batch == "generated"]
+        assert 15 < len(steps) < 45
+        current = [all(r.born == step for r in draws[step].rows) for step in steps]
+        assert all(current) if fresh else sum(current) < len(current) / 4
+        replayed = [r.born < step for step, d in enumerate(draws) if d.batch == "replayed" for r in d.rows]
+        assert all(replayed)
+
+
+@pytest.mark.parametrize("options", [{}, {"fill_first": True}, {"train_on_fresh": True}])
+def test_a_step_depends_on_seed_step_and_buffer_only(options: dict[str, bool]) -> None:
+    buffer = ReplayBuffer(9)
+    source = replaying(buffer, 0.7, 0.4, **options)
+    for step in range(60):
+        other = ReplayBuffer(9)
+        other.rows.extend(buffer.rows)  # what a checkpoint keeps
+        resumed = replaying(other, 0.7, 0.4, **options)(State(step, 60))
+        assert source(State(step, 60)) == resumed
+        assert list(buffer.rows) == list(other.rows)
+
+
+def test_another_seed_decides_otherwise() -> None:
+    kinds = [[d.batch for d in run(replaying(ReplayBuffer(9), 0.5, seed=seed), 50)] for seed in (1, 2)]
+    assert kinds[0] != kinds[1]
+
+
+def test_ages_are_counted_in_steps_since_the_rows_were_written() -> None:
+    buffer = ReplayBuffer(8)
+    assert buffer.age(5) is None
+    buffer.rows.extend([row(0, born=2), row(1, born=5)])
+    assert buffer.age(5) == 1.5
+    buffer = ReplayBuffer(8)
+    draws = run(replaying(buffer, 1.0, 0.0), 6)  # written at step 0, then replayed
+    assert [d.figures["buffer_age"] for d in draws] == [0, 1, 2, 3, 4, 5]
+    assert run(replaying(ReplayBuffer(8), 0.0), 1)[0].figures["buffer_age"] is None
+
+
+def test_no_student_rows_are_written_while_the_probability_is_zero() -> None:
+    draws = run(replaying(ReplayBuffer(8), 0.0, 1.0, fill_first=True), 50)
+    assert {d.batch for d in draws} == {"dataset"}
+    assert written(draws) == 0
+
+
+def test_beside_adds_the_other_rows_and_keeps_the_figures() -> None:
+    text = [text_row(i, 5) for i in range(3)]
+    both = beside(replaying(ReplayBuffer(8), 1.0), dataset(text, 2, 1))
+    drawn = both(State(0, 4))
+    assert drawn.batch == "generated"
+    assert drawn.figures["buffer"] == 4
+    assert [r.origin for r in drawn.rows] == ["student"] * 4 + ["text"] * 2
