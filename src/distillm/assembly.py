@@ -70,6 +70,10 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
     tokenizer = _tokenizer(given, teacher_tokenizer)
     num_tokens = shared_tokens(tokenizer, teacher_tokenizer or tokenizer)
     for name, model in (("student", student), ("teacher", teacher)):
+        if model is not None and model.config.is_encoder_decoder:
+            raise ModelError(
+                f"the {name} is an encoder-decoder ({model.config.model_type}); only causal models train yet"
+            )
         size = num_tokens if model is None else _vocabulary(model)
         if size < num_tokens:
             raise ModelError(f"the {name} has {size} embeddings, fewer than the {num_tokens} tokens of its tokenizer")
@@ -124,9 +128,15 @@ def load_rows(run: Run, models: Models, note: Note) -> tuple[Rows, Rows, dict[st
     return train, validation, tests
 
 
+def task_of(data: Data) -> InstructionTask:
+    """The task that ``data`` describes."""
+    roles = {"instruction": "instruction", "input": "input", "output": "output"}
+    return InstructionTask(template=data.template, system=data.system, fields=roles | data.fields)
+
+
 def tokenised(data: Data, source: str, models: Models, note: Note, limit: int | None) -> Rows:
     """The first ``limit`` rows of ``source``, as the run's task reads them."""
-    task = InstructionTask(template=data.template, system=data.system, **_fields(data))
+    task = task_of(data)
     rows = read_rows(source)[:limit]
     ids, name = range(len(rows)), Path(source).stem
     examples, report = task.examples(
@@ -220,11 +230,6 @@ def make_accelerator(run: Run) -> Accelerator:
     )
     set_seed(run.seed)
     return accelerator
-
-
-def _fields(data: Data) -> dict[str, Any]:
-    roles = {"instruction": "instruction", "input": "input", "output": "output"}
-    return {"fields": roles | data.fields}
 
 
 def _load(given: Any, accelerator: Accelerator, seed: int, tokenizer: Any = None) -> PreTrainedModel:

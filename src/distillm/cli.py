@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
 from . import __version__
 from .config import Run, load_run, make_run, read_yaml, recipes
-from .errors import ConfigError, DataError, DistillmError
+from .errors import ConfigError, DataError, DistillmError, StorageError
 
 EXIT_CODES = """
 Exit codes: 0 done · 1 a defect of distillm (with a traceback; please report it) · 2 a setting, file or model cannot be
@@ -33,7 +34,6 @@ recipes_app = typer.Typer(help="The shipped recipes: a YAML file for each experi
 app.add_typer(recipes_app, name="recipes")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted name.")]
-MaxNew = Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")]
 Template = Annotated[str | None, typer.Option(help="alpaca, chat, or a Jinja template; a run's own unless given.")]
 
 
@@ -57,7 +57,7 @@ def train(
     distillm train run.yaml
     distillm train run.yaml optim.lr=1e-4 method.alpha=0.2 output=runs/second
     distillm train runs/second resume=auto      goes on where an interrupted run stopped
-    distillm train run.yaml method.name=kd      another method (sft, kd, distillm) on the same data
+    distillm train run.yaml "method={name: kd}"  another method (sft, kd, distillm) on the same data
 
     Every setting, its default and meaning: `distillm schema`. A file to start from: `distillm recipes show NAME`.
     """
@@ -82,19 +82,25 @@ def evaluate_command(
     predictions: Annotated[
         Path | None, typer.Option(help="Score these texts instead: JSON Lines with `prediction` and `references`.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Decoding seeds.")] = "10,20,30,40,50",
+    seeds: Annotated[str | None, typer.Option(help="Decoding seeds with commas: 10,20,30.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Also measure the divergence to this teacher.")] = None,
     template: Template = None,
-    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; a run's own unless given.")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest response; a run's own unless given.")
-    ] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response, in tokens.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows generated at a time.")] = 32,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows generated at a time.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where the scores and predictions go, as JSON.")] = None,
 ) -> None:
-    """Score a model, a run, or given predictions: ROUGE-L, exact match, length and, with a teacher, divergence."""
+    """Score a model, a run, or given predictions: ROUGE-L, exact match, length and, with a teacher, divergence.
+
+    What is not given is as in the run; for a model, as in the defaults of `distillm schema`.
+    """
+    evaluation = {"seeds": _whole_numbers("--seeds", seeds), "temperature": temperature}
+    evaluation |= {"limit": limit, "batch_size": batch_size}
+    generation = {"max_new_tokens": max_new_tokens}
     if predictions is not None:
+        if any(given is not None for given in (source, data, teacher, template, max_new_tokens, *evaluation.values())):
+            raise ConfigError("--predictions FILE are texts that are there already: of the other options only --output")
         from .data import read_rows
         from .evaluation import score_predictions
 
@@ -103,23 +109,19 @@ def evaluate_command(
     elif source is None or data is None:
         raise ConfigError("give a run or model and --data FILE, or --predictions FILE")
     else:
-        asked = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-        run = _run_for(source, data, teacher, template, {k: v for k, v in asked.items() if v is not None})
-        try:
-            chosen = [int(seed) for seed in seeds.split(",")]
-        except ValueError as error:
-            raise ConfigError(f"--seeds {seeds}: write whole numbers with commas, such as 10,20,30") from error
+        settings = _settings_for(source, template)
+        settings["data"]["train"] = data
+        if teacher is not None:
+            settings["teacher"] = {"path": teacher}
+        run = _run_with(settings, source, {"evaluation": evaluation, "generation": generation})
         from .commands import score
 
-        result, name = score(run, data, chosen, limit, batch_size), Path(data).stem
+        result, name = score(run, data), Path(data).stem
     if output is None and source is not None and (Path(source) / "run.yaml").is_file():
         output = Path(source) / "eval" / f"{name}-student.json"
     if output is not None:
-        from .checkpoint import write_text
-
-        output.parent.mkdir(parents=True, exist_ok=True)
         head = {"data": name, "system": "student", "model": source}
-        write_text(output, json.dumps(head | result, ensure_ascii=False, indent=1))
+        _write(output, json.dumps(head | result, ensure_ascii=False, indent=1))
     _show_scores(result, output)
 
 
@@ -130,7 +132,7 @@ def generate(
     file: Annotated[str | None, typer.Option(help="Rows to answer instead (JSON Lines, CSV, Parquet).")] = None,
     output: Annotated[Path | None, typer.Option(help="Write JSON Lines here instead of printing.")] = None,
     template: Template = None,
-    max_new_tokens: MaxNew = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
@@ -138,19 +140,20 @@ def generate(
     from .commands import respond
     from .data import read_rows
 
-    rows = read_rows(file) if file else [{"instruction": prompt} for prompt in prompts or []]
-    if not rows:
-        raise ConfigError("give one or more prompts, or --file FILE")
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    run = _run_for(model, "prompts", None, template, settings).model_copy(update={"seed": seed})
-    answers = respond(run, rows)
+    if bool(prompts) == bool(file):
+        raise ConfigError("give either one or more prompts, or --file FILE")
+    settings = _settings_for(model, template)
+    settings["data"] |= {"train": "prompts", "responses": "dataset"}
+    settings |= {"teacher": None, "method": {"name": "sft"}, "validation": {}}  # only the student is needed
+    decoding = {"evaluation": {"seeds": [seed], "temperature": temperature}}
+    run = _run_with(settings, model, {**decoding, "generation": {"max_new_tokens": max_new_tokens}})
+    name = run.data.fields.get("instruction", "instruction")
+    answers = respond(run, read_rows(file) if file else [{name: prompt} for prompt in prompts or []])
     if output is not None:
-        from .checkpoint import write_text
-
-        write_text(output, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        _write(output, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
         return
     for answer in answers:
-        typer.echo(f"> {answer['instruction']}\n{answer['response']}\n")
+        typer.echo(f"> {answer.get(name, '')}\n{answer['response']}\n")
 
 
 @app.command()
@@ -159,15 +162,13 @@ def compare(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the table (.md or .csv).")] = None,
 ) -> None:
     """Print a table over runs: scores with their spread, divergence, steps and time."""
+    if output is not None and output.suffix not in (".md", ".csv"):
+        raise ConfigError(f"{output}: the ending says the format; write .md or .csv")
     _show_comparison(runs)
     if output is not None:
-        from .checkpoint import write_text
         from .report import as_csv, as_markdown, compare_table
 
-        renderers = {".md": as_markdown, ".csv": as_csv}
-        if output.suffix not in renderers:
-            raise ConfigError(f"{output}: the ending says the format; write .md or .csv")
-        write_text(output, renderers[output.suffix](compare_table(runs)))
+        _write(output, (as_csv if output.suffix == ".csv" else as_markdown)(compare_table(runs)))
 
 
 @app.command()
@@ -190,10 +191,7 @@ def shrink(
     trust_remote_code: Annotated[bool, typer.Option(help="Let the model folder run its own code.")] = False,
 ) -> None:
     """Initialise a student from some of a teacher's layers, as an ordinary model folder."""
-    try:
-        wanted = [int(part) for part in layers.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--layers {layers}: write a number (8) or indices with commas (0,4,9)") from error
+    wanted = _whole_numbers("--layers", layers) or []
     from .commands import shrink_to
 
     typer.echo(shrink_to(teacher, output, wanted if "," in layers else wanted[0], trust_remote_code))
@@ -207,16 +205,11 @@ def tokenizer(
     model: Annotated[str, typer.Option(help="bpe or unigram.")] = "bpe",
 ) -> None:
     """Train a tokenizer on your own data, for small models from scratch."""
-    from .checkpoint import written_aside
-    from .data import all_texts
-    from .vocabulary import train_tokenizer
+    from .commands import tokenizer_to
 
-    if model not in ("bpe", "unigram"):
-        raise ConfigError(f"--model {model}: bpe or unigram")
-    trained = train_tokenizer(all_texts(files), model=model, size=size)
-    with written_aside(output) as scratch:
-        trained.save_pretrained(scratch)
-    typer.echo(f"{output}: {len(trained)} tokens")
+    if model != "bpe" and model != "unigram":
+        raise ConfigError(f"--model {model}: give bpe or unigram")
+    typer.echo(tokenizer_to(output, files, model, size))
 
 
 @recipes_app.callback()
@@ -257,47 +250,78 @@ def demo(
     run_demo(output, Display(), quick=quick, teacher=teacher)
 
 
-def _run_for(source: str, data: str, teacher: str | None, template: str | None, generation: dict[str, Any]) -> Run:
-    """The settings to read ``data`` with: those of a run folder, or plain ones for a model."""
+def _settings_for(source: str, template: str | None) -> dict[str, Any]:
+    """The settings of a run folder with its student as it ended, or plain ones for a model."""
     folder = Path(source)
-    if (folder / "run.yaml").is_file():
-        if not (folder / "student").is_dir():
-            raise DataError(f"{folder} has no student yet: the run has not ended. Go on with it by resume=auto")
-        settings = read_yaml(source)
-        settings["student"] = {"path": str(folder / "student")}
-        settings["data"] |= {"train": data, "test": {}}
-        settings["generation"] |= generation
-        if "temperature" in generation:
-            settings["evaluation"]["temperature"] = None
+    if not (folder / "run.yaml").is_file():
+        settings: dict[str, Any] = {"student": {"path": source}, "method": {"name": "sft"}, "data": {}}
+    elif not (folder / "student").is_dir():
+        raise DataError(f"{folder} has no student yet: the run has not ended. Go on with it by resume=auto")
     else:
-        settings: dict[str, Any] = {"student": {"path": source}, "generation": generation, "data": {"train": data}}
-    if teacher is not None:
-        settings["teacher"] = {"path": teacher}
+        settings = read_yaml(source)
+        kept = {name: settings["student"][name] for name in ("dtype", "trust_remote_code")}
+        settings["student"] = {"path": str(folder / "student"), **kept}
     if template is not None:
         settings["data"]["template"] = template
-    if settings.get("teacher") is None:
-        settings["method"] = {"name": "sft"}
+        if template != "chat":
+            settings["data"]["system"] = None
+    return settings
+
+
+def _run_with(settings: dict[str, Any], source: str, changes: dict[str, dict[str, Any]]) -> Run:
+    """``settings`` as a run, with those ``changes`` that are not None."""
+    for section, values in changes.items():
+        settings.setdefault(section, {}).update({name: value for name, value in values.items() if value is not None})
     return make_run(settings, source=source)
+
+
+def _whole_numbers(option: str, text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{option} {text}: write whole numbers with commas, such as 0,4,9") from error
+
+
+def _write(path: Path, text: str) -> None:
+    from .checkpoint import write_text
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"could not make the folder {path.parent}: {error.strerror}") from error
+    write_text(path, text)
 
 
 def _show_comparison(runs: Sequence[Path]) -> None:
     from .report import compare_table, table_cells
 
     header, body = table_cells(compare_table(runs))
-    table = Table(*header)
-    for cells in body:
+    columns = list(zip(header, *body, strict=True))
+    # What is the same in every row is said once, so that the scores fit a terminal.
+    same = [f"{name}: {cells[0]}" for name, *cells in columns if len(body) > 1 and len({*cells}) == 1]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=" · ".join(same), caption_justify="left")
+    varying = [(name, cells) for name, *cells in columns if len(body) == 1 or len({*cells}) > 1]
+    for name, _ in varying:
+        table.add_column(name, overflow="fold")
+    for cells in zip(*(cells for _, cells in varying), strict=True):
         table.add_row(*cells)
-    Console().print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """A console as wide as the terminal; in a file or a pipe nothing is squeezed."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
 
 
 def _show_scores(result: dict[str, Any], output: Path | None) -> None:
     table = Table("Score", "Mean", "± std", title=f"{result['num_rows']} rows, {len(result['seeds'])} seed(s)")
     for name, score in cast(dict[str, Any], result["scores"]).items():
         table.add_row(name, f"{score['mean']:.2f}", f"{score['std']:.2f}")
-    console = Console()
+    console = _console()
     console.print(table)
     if output is not None:
-        console.print(f"scores and predictions: {output}")
+        console.print(f"scores and predictions: {output}", soft_wrap=True)
 
 
 def main() -> None:

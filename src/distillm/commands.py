@@ -1,70 +1,93 @@
-"""What the small commands do: score a model, answer prompts, shrink a teacher."""
+"""What the small commands do: score a model, answer prompts, shrink a teacher, train a tokenizer."""
 
-import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from . import assembly
 from .assess import answers, assess
 from .checkpoint import written_aside
-from .config import Run
-from .data import InstructionTask
+from .config import Data, Run
+from .data import all_texts
 from .display import Display
 from .errors import ConfigError, DataError
 from .evaluation import Result
 from .models import load_model, load_tokenizer, num_parameters, save_model
 from .models import shrink as shrunk
+from .vocabulary import train_tokenizer
 
 
-def score(run: Run, data: str, seeds: Sequence[int], limit: int | None, batch_size: int) -> Result:
-    """Score the run's student on the rows of ``data``, with the run's task and decoding."""
+def score(run: Run, data: str) -> Result:
+    """Score the run's student on the rows of ``data``, with the run's task, decoding, seeds and limit."""
     display = Display()
     models = assembly.load_models(run, assembly.make_accelerator(run), display.note)
-    rows = assembly.tokenised(run.data, data, models, display.note, limit)
+    rows = assembly.tokenised(_described(run.data, models), data, models, display.note, run.evaluation.limit)
     bare = next((row for row, references in rows.references.items() if not references), None)
     if bare is not None:
         raise DataError(f"{bare} has no reference to score against; give an output, or data.fields")
     greedy = assembly.make_sampling(run, run.evaluation.temperature).temperature == 0
-    total = len(rows.examples) * (1 if greedy else len(seeds))
+    total = len(rows.examples) * (1 if greedy else len(run.evaluation.seeds))
     with display.phase(f"score on {Path(data).stem}", total) as advance:
         return assess(
             run,
             models,
             models.student,
             rows,
-            seeds=seeds,
-            batch_size=batch_size,
+            seeds=run.evaluation.seeds,
+            batch_size=run.evaluation.batch_size,
             progress=lambda done, _: advance(done),
         )
+
+
+def _described(data: Data, models: assembly.Models) -> Data:
+    """``data``, with the model's own chat template, if it has one, where no template was chosen."""
+    chat = "template" not in data.model_fields_set and models.tokenizer.chat_template is not None
+    return data.model_copy(update={"template": "chat"}) if chat else data
 
 
 def respond(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows with a ``response`` each, written by the run's student."""
     display = Display()
     models = assembly.load_models(run, assembly.make_accelerator(run), lambda _: None)
-    chat = "template" not in run.data.model_fields_set and models.tokenizer.chat_template is not None
-    task = InstructionTask(template="chat" if chat else run.data.template, system=run.data.system)
-    examples, _ = task.examples(
-        [{name: value for name, value in row.items() if name != "output"} for row in rows],
+    task = assembly.task_of(_described(run.data, models))
+    answer = task.fields["output"]
+    asked = [{name: value for name, value in row.items() if name != answer} for row in rows]
+    there = {name for row in asked for name in row}
+    roles = {role: name for role, name in task.fields.items() if role == "instruction" or name in there}
+    examples, report = replace(task, fields=roles).examples(
+        asked,
         models.tokenizer,
         max_prompt=run.data.max_prompt,
         max_length=run.data.max_length,
         end_id=cast(int, models.tokenizer.eos_token_id),
         source="prompts",
     )
-    if len(examples) < len(rows):
-        display.note(f"{len(rows) - len(examples)} rows have no text to answer and are left out")
+    if report.cut_prompts or report.dropped:
+        display.note(f"prompts: {report}")
     texts = answers(run, models, models.student, examples)
     places = [int(example.id.rsplit(":", 1)[1]) for example in examples]
     return [{**rows[i], "response": text} for i, text in zip(places, texts, strict=True)]
 
 
+def tokenizer_to(target: Path, files: Sequence[str], model: Literal["bpe", "unigram"], size: int) -> str:
+    """Train a tokenizer on all texts of ``files`` and write it to ``target``; returns what was done."""
+    must_be_free(target)
+    trained = train_tokenizer(all_texts(files), model=model, size=size)
+    with written_aside(target) as scratch:
+        trained.save_pretrained(scratch)
+    return f"{target}: {len(trained)} tokens"
+
+
+def must_be_free(target: Path) -> None:
+    """Raise ConfigError unless ``target`` is new or an empty folder: what stands there would be replaced."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(f"{target} is there already and not empty; choose another folder, or delete it")
+
+
 def shrink_to(teacher: str, target: Path, layers: int | list[int], trust_remote_code: bool) -> str:
     """Write a student made of some of the teacher's layers to ``target``; returns what was done."""
-    if target.exists() and any(target.iterdir()):
-        raise ConfigError(f"{target} is not empty; choose another folder, or delete it")
-    shutil.rmtree(target, ignore_errors=True)
+    must_be_free(target)
     model = load_model(teacher, device="cpu", trust_remote_code=trust_remote_code)
     student = shrunk(model, layers)
     with written_aside(target) as scratch:
