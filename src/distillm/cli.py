@@ -21,6 +21,8 @@ Exit codes: 0 done · 1 a defect of distillm (with a traceback; please report it
 used · 3 training diverged · 4 a file could not be written or read back · 130 stopped by Ctrl-C.
 """
 
+ABOUT_RUNS = ("Run", "Data", "Method", "Student", "Seeds", "Best validation divergence", "Steps", "Time")
+
 app = typer.Typer(
     name="distillm",
     help="Distil a large language model into a small one.",
@@ -37,13 +39,19 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 Template = Annotated[str | None, typer.Option(help="alpaca, chat, or a Jinja template; a run's own unless given.")]
 
 
-@app.callback()
-def _main(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"distillm {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -111,14 +119,15 @@ def evaluate_command(
     else:
         settings = _settings_for(source, template)
         settings["data"]["train"] = data
+        if output is None and (Path(source) / "run.yaml").is_file():
+            output = Path(source) / "eval" / f"{Path(data).stem}-student.json"
+        _make_folder_of(output)
         if teacher is not None:
             settings["teacher"] = {"path": teacher}
         run = _run_with(settings, source, {"evaluation": evaluation, "generation": generation})
         from .commands import score
 
         result, name = score(run, data), Path(data).stem
-    if output is None and source is not None and (Path(source) / "run.yaml").is_file():
-        output = Path(source) / "eval" / f"{name}-student.json"
     if output is not None:
         head = {"data": name, "system": "student", "model": source}
         _write(output, json.dumps(head | result, ensure_ascii=False, indent=1))
@@ -148,6 +157,7 @@ def generate(
     decoding = {"evaluation": {"seeds": [seed], "temperature": temperature}}
     run = _run_with(settings, model, {**decoding, "generation": {"max_new_tokens": max_new_tokens}})
     name = run.data.fields.get("instruction", "instruction")
+    _make_folder_of(output)
     answers = respond(run, read_rows(file) if file else [{name: prompt} for prompt in prompts or []])
     if output is not None:
         _write(output, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
@@ -282,13 +292,21 @@ def _whole_numbers(option: str, text: str | None) -> list[int] | None:
         raise ConfigError(f"{option} {text}: write whole numbers with commas, such as 0,4,9") from error
 
 
+def _make_folder_of(path: Path | None) -> None:
+    """Find out before the work whether its result can be written."""
+    try:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"could not make the folder {path.parent}: {error.strerror}") from error
+    if path is not None and path.is_dir():
+        raise StorageError(f"{path} is a folder; give the name of a file")
+
+
 def _write(path: Path, text: str) -> None:
     from .checkpoint import write_text
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"could not make the folder {path.parent}: {error.strerror}") from error
+    _make_folder_of(path)
     write_text(path, text)
 
 
@@ -296,16 +314,19 @@ def _show_comparison(runs: Sequence[Path]) -> None:
     from .report import compare_table, table_cells
 
     header, body = table_cells(compare_table(runs))
-    columns = list(zip(header, *body, strict=True))
+    columns = [(name, cells) for name, *cells in zip(header, *body, strict=True)]
     # What is the same in every row is said once, so that the scores fit a terminal.
-    same = [f"{name}: {cells[0]}" for name, *cells in columns if len(body) > 1 and len({*cells}) == 1]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=" · ".join(same), caption_justify="left")
-    varying = [(name, cells) for name, *cells in columns if len(body) == 1 or len({*cells}) > 1]
-    for name, _ in varying:
-        table.add_column(name, overflow="fold")
-    for cells in zip(*(cells for _, cells in varying), strict=True):
-        table.add_row(*cells)
-    _console().print(table)
+    same = [name in ABOUT_RUNS and len({*cells}) == 1 for name, cells in columns]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for (name, _), once in zip(columns, same, strict=True):
+        if not once:
+            table.add_column(name)
+    for row in body:
+        table.add_row(*(cell for cell, once in zip(row, same, strict=True) if not once))
+    console = _console()
+    console.print(table)
+    said = [f"{name}: {cells[0]}" for (name, cells), once in zip(columns, same, strict=True) if once]
+    console.print(" · ".join(said), highlight=False)
 
 
 def _console() -> Console:

@@ -15,6 +15,7 @@ from .errors import ConfigError, DataError
 from .evaluation import Result
 from .models import load_model, load_tokenizer, num_parameters, save_model
 from .models import shrink as shrunk
+from .report.text import parameter_count
 from .vocabulary import train_tokenizer
 
 
@@ -92,6 +93,6 @@ def shrink_to(teacher: str, target: Path, layers: int | list[int], trust_remote_
     student = shrunk(model, layers)
     with written_aside(target) as scratch:
         save_model(student, load_tokenizer(teacher, trust_remote_code=trust_remote_code), scratch)
-    before, after = num_parameters(model), num_parameters(student)
+    before, after = (parameter_count(num_parameters(each)) for each in (model, student))
     kept: Any = student.config
-    return f"{target}: {kept.num_hidden_layers} layers, {after / 1e6:.1f}M of {before / 1e6:.1f}M parameters"
+    return f"{target}: {kept.num_hidden_layers} layers, {after} of {before} parameters"

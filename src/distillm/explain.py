@@ -75,6 +75,8 @@ def nearest(given: str, allowed: Sequence[str]) -> str:
 def _said(error: Any, key: str, section: type[BaseModel] | None, root: type[BaseModel]) -> tuple[str, str]:
     """What is wrong, and what was given where that is not part of it."""
     kind, given, name = error["type"], error["input"], key.rpartition(".")[2]
+    if kind == "invalid_key" or "[key]" in error["loc"]:
+        return "a name must be a text: put it in quotes", ""
     if kind == "extra_forbidden" and section is not None:
         owners = sorted({path for path, _ in leaves(root) if path.rpartition(".")[2] == name} - {key})
         elsewhere = f" Did you mean {owners[0]}?" if owners else nearest(name, list(section.model_fields))
