@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .assess import measure as measure
     from .checkpoint import load_checkpoint as load_checkpoint
     from .checkpoint import save_checkpoint as save_checkpoint
     from .config import Run as Run
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives: nothing heavy is imported before it is used, so that `distillm --help` is quick.
 _HOMES = {
+    "assess": ["measure"],
     "checkpoint": ["load_checkpoint", "save_checkpoint"],
     "config": ["Run", "load_run"],
     "data": ["InstructionTask", "collate", "read_rows", "text_examples"],

@@ -37,11 +37,11 @@ def assess(
         progress=progress,
     )
     if model is models.student and models.teacher is not None:
-        result["scores"]["divergence"] = summary([divergences(run, models, rows.examples)["divergence"]])
+        result["scores"]["divergence"] = summary([measure(run, models, rows.examples)["divergence"]])
     return result
 
 
-def divergences(run: Run, models: Models, examples: Sequence[Example]) -> dict[str, float]:
+def measure(run: Run, models: Models, examples: Sequence[Example]) -> dict[str, float]:
     """The student's cross-entropy and, with a teacher, its divergence to it, on the references."""
     return validate(
         models.pair,

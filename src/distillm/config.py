@@ -282,8 +282,8 @@ class Evaluation(Section):
     """Score only the first rows."""
     temperature: NonNegativeFloat | None = None
     """Instead of generation.temperature; selection by rouge_l uses the same."""
-    compare: bool = True
-    """Score the teacher, and the student as it was before training, as well."""
+    compare: list[Literal["before", "teacher"]] = ["before", "teacher"]
+    """What is scored besides: the student as it was before training, and the teacher."""
 
 
 class Checkpoint(Section):

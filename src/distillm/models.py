@@ -152,7 +152,7 @@ def _load(
             f"the weights of {path} lack {len(missing)} tensors of {type(model).__name__} (the first is {missing[0]}): "
             "it is not a complete language model; give the folder of one that is"
         )
-    return _unmarked(model) if gguf_file is not None else model
+    return model
 
 
 def _build(
@@ -242,19 +242,11 @@ def _refuse_pickles(source: Path) -> None:
 
 
 def _dequantized() -> dict[str, Any]:
-    """Newer transformers would leave GGUF weights packed where a kernel exists, and such weights cannot be trained."""
+    """Newer transformers would leave GGUF weights packed where a kernel exists, and mark the model so that it cannot be saved."""
     import transformers
 
     made = getattr(transformers, "GgufConfig", None)
     return {} if made is None else {"quantization_config": made(dequantize=True)}
-
-
-def _unmarked(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` without the marks of quantization, which would forbid saving it though its weights are plain."""
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-        model.__dict__.pop(name, None)
-    model.config.__dict__.pop("quantization_config", None)
-    return model
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from .assess import answers, assess, divergences
+from .assess import answers, assess, measure
 from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of, write_text
 from .config import Distillm, Run, as_yaml, changed, read_yaml
 from .display import Display
@@ -64,7 +64,7 @@ def _begin(project: Project, command: str | None) -> None:
     project.folder.forget_after(-1)
     _changes(project)  # a start that was killed before its first checkpoint may have left scores
     _describe(project, command)
-    if project.run.evaluation.compare:
+    if "before" in project.run.evaluation.compare:
         _score_tests(project, project.models.student, "before")
     _validation(project)
 
@@ -132,7 +132,7 @@ def _validation(project: Project) -> None:
     """Measure, keep the best, answer the sample prompts."""
     run, models, state = project.run, project.models, project.state
     examples = project.validation.examples
-    figures = divergences(run, models, examples)
+    figures = measure(run, models, examples)
     if not math.isfinite(figures["cross_entropy"]):
         raise TrainingError(
             f"step {state.step}: the cross-entropy on the validation rows is {figures['cross_entropy']}.\n"
@@ -244,7 +244,7 @@ def _finish(project: Project) -> None:
         project.display.note(f"the best validation was after step {project.best[1]}: that student is kept")
     save_student(models, folder.student)
     _score_tests(project, models.student, "student")
-    if models.teacher is not None and project.run.evaluation.compare:
+    if models.teacher is not None and "teacher" in project.run.evaluation.compare:
         _score_tests(project, models.teacher, "teacher")
     if project.run.tracker != "none":
         project.accelerator.end_training()

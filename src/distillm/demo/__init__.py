@@ -47,7 +47,7 @@ def run_demo(output: Path, display: Display, *, quick: bool, teacher: str | None
     left = BUDGET[quick] - scoring - (time.monotonic() - began)
     count = max(4, min(most, int(left / sum(speed.values()))))
     settings["train"]["steps"] = count
-    settings["validation"]["every"] = max(1, count // 6)
+    settings["validation"]["every"] = max(1, -(-count // 4))
     display.note(
         f"a step takes {speed['sft']:.1f} s with sft and {speed['distillm']:.1f} s with distillm here: "
         f"{count} steps of each, about {clock(count * sum(speed.values()) + scoring)} in all"
@@ -115,7 +115,10 @@ def _seconds_per_step(project: Project, settings: dict[str, Any], name: str) -> 
 
 def _run(output: Path, settings: dict[str, Any], name: str, display: Display) -> Path:
     method = settings["method"] if name == "distillm" else {"name": name}
-    run = make_run(settings | {"method": method, "output": str(output / name), "overwrite": True})
+    # Both start from the same student, so it is scored once.
+    compare = settings["evaluation"] | {"compare": ["before"] if name == "distillm" else []}
+    changes = {"method": method, "evaluation": compare, "output": str(output / name), "overwrite": True}
+    run = make_run(settings | changes)
     write_text(output / f"{name}.yaml", as_yaml(run))
     display.note(f"\n{name}: {run.train.steps} steps")
     shutil.rmtree(output / "probe", ignore_errors=True)
@@ -123,10 +126,11 @@ def _run(output: Path, settings: dict[str, Any], name: str, display: Display) ->
 
 
 def _table(runs: Sequence[Path]) -> Table:
-    table = Table("", "ROUGE-L to the teacher", "divergence to the teacher", "response tokens", title="held-out prompts")
-    rows = [("before", runs[0], "before"), *((run.name, run, "student") for run in runs), ("teacher", runs[0], "teacher")]
+    table = Table(
+        "", "ROUGE-L to the teacher", "divergence to the teacher", "response tokens", title="held-out prompts"
+    )
+    rows = [("before", runs[1], "before"), *((run.name, run, "student") for run in runs)]
     for label, run, system in rows:
         scores = json.loads((run / "eval" / f"jobs-{system}.json").read_text(encoding="utf-8"))["scores"]
-        cells = [f"{scores[key]['mean']:.2f}" if key in scores else "0" for key in ("rouge_l", "divergence")]
-        table.add_row(label, *cells, f"{scores['response_tokens']['mean']:.1f}")
+        table.add_row(label, *(f"{scores[key]['mean']:.2f}" for key in ("rouge_l", "divergence", "response_tokens")))
     return table
