@@ -128,7 +128,7 @@ class Capped(LlamaForCausalLM):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)
-        out.logits = 30 * torch.tanh(out.logits / 30)
+        out.logits = 300 * torch.tanh(out.logits / 300)
         return out
 
 
