@@ -242,7 +242,7 @@ def _refuse_pickles(source: Path) -> None:
 
 
 def _dequantized() -> dict[str, Any]:
-    """Newer transformers would leave GGUF weights packed where a kernel exists, and mark the model so that it cannot be saved."""
+    """Newer transformers would leave GGUF weights packed where a kernel exists, and refuse to save the model."""
     import transformers
 
     made = getattr(transformers, "GgufConfig", None)
