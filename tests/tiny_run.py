@@ -7,13 +7,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tiny import save, tiny_causal, tiny_tokenizer
 
-from distillm.checkpoint import load_checkpoint
 from distillm.config import Run, make_run
 from distillm.display import Display
-from distillm.sources import ReplayBuffer
-from distillm.types import State
+from tiny import save, tiny_causal, tiny_tokenizer
 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -134,7 +131,9 @@ def assert_same_run(folder: Path, other: Path) -> None:
     assert mine.keys() == theirs.keys()
     for name in mine:
         assert mine[name] | {"model": ""} == theirs[name] | {"model": ""}
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == sorted(
-        p.name for p in (other / "checkpoints").iterdir()
-    )
-    assert not [p for p in folder.rglob("*") if p.name.endswith((".partial", ".old"))]
+    assert _contents(folder / "checkpoints") == _contents(other / "checkpoints")
+    assert not list(folder.rglob(".*"))
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
