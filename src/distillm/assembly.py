@@ -125,7 +125,29 @@ def load_rows(run: Run, models: Models, note: Note) -> tuple[Rows, Rows, dict[st
         note(f"{held} rows of {data.train} are held out for validation")
     limit = run.evaluation.limit
     tests = {name: tokenised(data, source, models, note, limit=limit) for name, source in data.test.items()}
+    for rows in (train, validation, *tests.values()):
+        check_room(models, rows.examples, run.generation.max_new_tokens)
     return train, validation, tests
+
+
+def check_room(models: Models, examples: Sequence[Example], new_tokens: int = 0) -> None:
+    """Raise ConfigError where a row, or a prompt and ``new_tokens`` of answer, is longer than a model can read."""
+    row = max(examples, key=lambda e: len(e.tokens))
+    prompt = max(examples, key=lambda e: e.start)
+    for name, model in (("student", models.student), ("teacher", models.teacher)):
+        room = None if model is None else getattr(model.config, "max_position_embeddings", None)
+        if not isinstance(room, int):
+            continue
+        if len(row.tokens) > room:
+            raise ConfigError(
+                f"{row.id} has {len(row.tokens)} tokens, but the {name} reads at most {room}; "
+                "lower data.max_length (data.text_length for plain text)"
+            )
+        if prompt.start + new_tokens > room and new_tokens:
+            raise ConfigError(
+                f"{prompt.id} has a prompt of {prompt.start} tokens, which with max_new_tokens={new_tokens} is more "
+                f"than the {room} that the {name} reads; lower generation.max_new_tokens or data.max_prompt"
+            )
 
 
 def task_of(data: Data) -> InstructionTask:
@@ -194,6 +216,7 @@ def make_method(run: Run, models: Models, train: Sequence[Example], buffer: Repl
         return method
     ends = cast(int, models.tokenizer.eos_token_id)
     text = text_examples(run.data.text, models.tokenizer, length=run.data.text_length, end_id=ends)
+    check_room(models, text)
     return methods.with_text(method, sources.dataset(text, run.train.batch_size, run.seed + 1), run.data.text_weight)
 
 

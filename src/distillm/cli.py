@@ -36,6 +36,9 @@ recipes_app = typer.Typer(help="The shipped recipes: a YAML file for each experi
 app.add_typer(recipes_app, name="recipes")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted name.")]
+MaxNew = Annotated[
+    int | None, typer.Option(min=1, help="Longest response, in tokens; a run's own, or 256, unless given.")
+]
 Template = Annotated[str | None, typer.Option(help="alpaca, chat, or a Jinja template; a run's own unless given.")]
 
 
@@ -94,7 +97,7 @@ def evaluate_command(
     teacher: Annotated[str | None, typer.Option(help="Also measure the divergence to this teacher.")] = None,
     template: Template = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response, in tokens.")] = None,
+    max_new_tokens: MaxNew = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows generated at a time.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where the scores and predictions go, as JSON.")] = None,
@@ -141,7 +144,7 @@ def generate(
     file: Annotated[str | None, typer.Option(help="Rows to answer instead (JSON Lines, CSV, Parquet).")] = None,
     output: Annotated[Path | None, typer.Option(help="Write JSON Lines here instead of printing.")] = None,
     template: Template = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 256,
+    max_new_tokens: MaxNew = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
@@ -294,12 +297,13 @@ def _whole_numbers(option: str, text: str | None) -> list[int] | None:
 
 def _make_folder_of(path: Path | None) -> None:
     """Find out before the work whether its result can be written."""
+    if path is None:
+        return
     try:
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"could not make the folder {path.parent}: {error.strerror}") from error
-    if path is not None and path.is_dir():
+    if path.is_dir():
         raise StorageError(f"{path} is a folder; give the name of a file")
 
 

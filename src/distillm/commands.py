@@ -27,6 +27,7 @@ def score(run: Run, data: str) -> Result:
     bare = next((row for row, references in rows.references.items() if not references), None)
     if bare is not None:
         raise DataError(f"{bare} has no reference to score against; give an output, or data.fields")
+    assembly.check_room(models, rows.examples, run.generation.max_new_tokens)
     greedy = assembly.make_sampling(run, run.evaluation.temperature).temperature == 0
     total = len(rows.examples) * (1 if greedy else len(run.evaluation.seeds))
     with display.phase(f"score on {Path(data).stem}", total) as advance:
@@ -66,6 +67,7 @@ def respond(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     )
     if report.cut_prompts or report.dropped:
         display.note(f"prompts: {report}")
+    assembly.check_room(models, examples, run.generation.max_new_tokens)
     texts = answers(run, models, models.student, examples)
     places = [int(example.id.rsplit(":", 1)[1]) for example in examples]
     return [{**rows[i], "response": text} for i, text in zip(places, texts, strict=True)]

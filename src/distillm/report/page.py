@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -93,7 +94,8 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, output)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder may be what is wrong
+            aside.unlink()
         raise StorageError(f"the report could not be written to {output}: {error.strerror or error}") from error
     return output
 
