@@ -90,7 +90,7 @@ def _convert(source: str, target: Path, display: Display) -> Path:
 def _write_prompts(folder: Path, quick: bool) -> None:
     folder.mkdir(exist_ok=True)
     for name, few in {"train": 64, "valid": 8, "test": 12}.items():
-        text = resources.files(__package__).joinpath(f"prompts_{name}.jsonl").read_text(encoding="utf-8")
+        text = resources.files("distillm.demo").joinpath(f"prompts_{name}.jsonl").read_text(encoding="utf-8")
         write_text(folder / f"{name}.jsonl", "".join(text.splitlines(keepends=True)[: few if quick else None]))
 
 
