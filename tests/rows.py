@@ -42,10 +42,12 @@ def pair_of(student: Any, teacher: Any | None, pad_id: int = 0, num_tokens: int 
     return Pair(student, teacher, head_of(student), read_teacher, num_tokens, pad_id, torch.device("cpu"))
 
 
-def tiny_pair(kind: str = "llama", dtype: torch.dtype = torch.float64, **config: Any) -> Pair:
+def tiny_pair(
+    kind: str = "llama", dtype: torch.dtype = torch.float64, teacher_kind: str = "llama", **config: Any
+) -> Pair:
     """A student and a wider vocabulary's teacher; both are padded beyond the tokens they share."""
     student = tiny_causal(kind, vocab_size=NUM_TOKENS + 3, layers=1, seed=1, **config)
-    teacher = tiny_causal("llama", vocab_size=NUM_TOKENS + 7, seed=2)
+    teacher = tiny_causal(teacher_kind, vocab_size=NUM_TOKENS + 7, seed=2)
     return pair_of(student.to(dtype), teacher.to(dtype))
 
 

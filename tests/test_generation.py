@@ -73,7 +73,10 @@ def test_streams_belong_to_their_key() -> None:
     assert np.array_equal(uniforms(1, 2, "a", 3), uniforms(1, 2, "a", 9)[:3])
     keys = [(1, 2, "a"), (2, 1, "a"), (1, 2, "b"), (12, 2, "a"), (1, 22, "a"), (1, 2, "2/a"), (1, 2, "")]
     assert len({float(uniforms(*key, 1)[0]) for key in keys}) == len(keys)
-    assert uniforms(0, 0, "train:0", 2).tolist() == [0.5772524237306871, 0.3485738506918392]  # on any machine and version
+    assert uniforms(0, 0, "train:0", 2).tolist() == [
+        0.5772524237306871,
+        0.3485738506918392,
+    ]  # on any machine and version
     many = np.concatenate([uniforms(0, step, f"row:{i}", 5) for step in range(20) for i in range(100)])
     assert 0 <= many.min() < many.max() < 1
     counts = np.bincount((many * 20).astype(int), minlength=20)

@@ -1,5 +1,6 @@
 """Schedules against tables worked out by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -85,7 +86,7 @@ def test_the_learning_rate_goes_from_peak_to_exactly_final(shape: str) -> None:
     assert rates[0] == pytest.approx(1e-3, rel=1e-12)
     assert rates[5] == pytest.approx((1e-3 + 1e-7) / 2)
     assert rates[10] == 1e-7
-    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates))
 
 
 def test_the_cosine_is_a_cosine() -> None:
@@ -118,7 +119,7 @@ def test_learning_rates_stay_between_final_and_peak(
     assert all(0 < rate <= peak * (1 + 1e-12) or share == 0 for rate in rates)
     assert rates[:warmup] == pytest.approx([peak * (i + 1) / warmup for i in range(min(warmup, total))])
     after = rates[warmup:]
-    assert all(a >= b for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(after))
     if after:
         assert after[0] == pytest.approx(peak)  # a single step after the warm-up is one at the peak
     if len(after) > 1:

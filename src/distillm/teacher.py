@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -55,14 +56,16 @@ class Responses:
     def _read(self) -> dict[str, list[int]]:
         if not self.path.exists():
             return {}
-        text = self.path.read_text(encoding="utf-8", errors="replace")
-        if not text.endswith("\n"):  # a line torn by a kill is written again
-            text = text[: text.rfind("\n") + 1]
-            self.path.write_text(text, encoding="utf-8")
-        lines = [line for line in text.split("\n") if line]
         try:
-            entries = [json.loads(line) for line in lines]
+            found = self.path.read_bytes()
+        except OSError as error:
+            raise StorageError(f"could not read {self.path}: {error}") from error
+        whole = found[: found.rfind(b"\n") + 1]  # a line torn by a kill is written again
+        try:
+            entries = [json.loads(line) for line in whole.split(b"\n") if line]
             known = {entry["prompt"]: entry["tokens"] for entry in entries[1:]}
+            if not entries and not json.dumps(self.header, ensure_ascii=False).encode().startswith(found):
+                raise ValueError("its first line is another one")
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.path} is not a file of responses ({error}); delete it to write it anew") from error
         if entries and entries[0] != self.header:
@@ -70,6 +73,11 @@ class Responses:
                 f"{self.path} holds responses of {_shown(entries[0])}, not of {_shown(self.header)}; "
                 "delete it, or choose another file by data.responses_file"
             )
+        if found != whole:  # only now is it known to be ours
+            try:
+                os.truncate(self.path, len(whole))
+            except OSError as error:
+                raise StorageError(f"could not write {self.path}: {error}") from error
         return known
 
     def _append(self, lines: list[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .errors import TrainingError
+from .errors import DataError, TrainingError
 from .generation import eval_mode
 from .kernels import linear_cross_entropy, linear_divergence
 from .methods import Method
@@ -136,7 +136,11 @@ def micro_batches(rows: Sequence[Example], size: int) -> list[list[Example]]:
 def validate(
     pair: Pair, examples: Sequence[Example], state: State, *, divergence: str, batch_size: int, **parameters: float
 ) -> dict[str, float]:
-    """Mean cross-entropy and, with a teacher, mean ``divergence`` to it, per target token of ``examples`` (nats)."""
+    """Mean cross-entropy and, with a teacher, mean ``divergence`` to it, per target token of ``examples`` (nats).
+
+    Raises:
+        DataError: no row has a target token.
+    """
     sums = torch.zeros(2, dtype=torch.float64)
     count = 0
     with torch.no_grad(), eval_mode(pair.student):
@@ -149,7 +153,9 @@ def validate(
                     divergence, scored.teacher, scored.student, ones, **cast(dict[str, Any], parameters)
                 ).cpu()
             count += len(scored.labels)
-    means = (sums / max(count, 1)).tolist()
+    if not count:
+        raise DataError("there is nothing to validate on: no row has a response; give validation rows that have one")
+    means = (sums / count).tolist()
     result = {"cross_entropy": means[0]}
     return result | {"divergence": means[1]} if pair.teacher is not None else result
 

@@ -1,0 +1,48 @@
+"""The loss of a step, written out: one row at a time, full logits, one token at a time. Slow, and plain to see."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distillm.scoring import Pair
+from distillm.types import Example
+from rows import NUM_TOKENS
+
+
+def next_token_laws(model: torch.nn.Module, context: list[int], example: Example) -> list[tuple[int, Tensor]]:
+    """Each target token and the log-probabilities with which the model expected it."""
+    laws = list[tuple[int, Tensor]]()
+    full = model(input_ids=torch.tensor([context + example.response])).logits[0]
+    for i, token in enumerate(example.response):
+        if example.targets[example.start + i]:
+            laws.append((token, full[len(context) + i - 1, :NUM_TOKENS].log_softmax(-1)))
+    return laws
+
+
+def divergence(name: str, p: Tensor, q: Tensor, alpha: float) -> Tensor:
+    if name == "skew_reverse_kl":
+        mixed = (alpha * q.exp() + (1 - alpha) * p.exp()).log()
+        return (q.exp() * (q - mixed)).sum()
+    mixed = q if name == "forward_kl" else (alpha * p.exp() + (1 - alpha) * q.exp()).log()
+    return (p.exp() * (p - mixed)).sum()
+
+
+def cross_entropy_of(pair: Pair, rows: Sequence[Example]) -> Tensor:
+    """Mean over the target tokens of ``rows``."""
+    values = [-q[token] for r in rows for token, q in next_token_laws(pair.student, r.prompt, r)]
+    return torch.stack(values).mean()
+
+
+def divergence_of(pair: Pair, rows: Sequence[Example], name: str, alpha: float = 0.1) -> Tensor:
+    """Mean over the target tokens of ``rows``."""
+    assert pair.teacher is not None
+    values = list[Tensor]()
+    for r in rows:
+        with torch.no_grad():
+            teacher = next_token_laws(pair.teacher, r.teacher_context or r.prompt, r)
+        student = next_token_laws(pair.student, r.prompt, r)
+        for (token, p), (same, q) in zip(teacher, student, strict=True):
+            assert token == same
+            values.append(divergence(name, p, q, alpha))
+    return torch.stack(values).mean()
