@@ -82,7 +82,9 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
         if said:
             note(said)
     if run.train.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Transformers 5 renames it on the way.
+        enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     student.requires_grad_(True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -196,6 +196,10 @@ def _save(project: Project) -> None:
     student, optimizer = project.models.student, project.optimizer
     save_checkpoint(project.folder.checkpoints, student, optimizer, project.state, project.buffer, extra)
     project.checkpointed = project.state.step
+    _retain(project)
+
+
+def _retain(project: Project) -> None:
     project.folder.retain(project.run.checkpoint.keep, project.best[1] if project.best else None)
 
 
@@ -209,6 +213,7 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
     project.best = (extra["best"][0], extra["best"][1]) if comparable else None
     project.teacher_texts = extra["teacher_texts"]
     project.checkpointed = step_of(checkpoint)
+    _retain(project)  # the kill may have come between a checkpoint and this
     project.folder.forget_after(project.state.step)
     differences = _changes(project)
     said = f"from {checkpoint.name}" + (f", with changed settings: {', '.join(differences)}" if differences else "")
