@@ -3,7 +3,7 @@
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,10 +33,11 @@ Note = Callable[[str], None]
 
 @dataclass
 class Rows:
-    """The rows of one purpose: tokenised, and their references by row id."""
+    """The rows of one purpose: tokenised, and by row id their references and what the user wrote."""
 
     examples: list[Example]
     references: dict[str, list[str]]
+    prompts: dict[str, str]
 
 
 @dataclass
@@ -121,9 +122,9 @@ def load_rows(run: Run, models: Models, note: Note) -> tuple[Rows, Rows, dict[st
         if not held:
             raise DataError(f"{data.train} has too few rows to hold some out; give data.validation")
         order = sources.keyed(run.seed, "holdout").sample(train.examples, len(train.examples))
-        validation = Rows(order[:held], train.references)
+        validation = replace(train, examples=order[:held])
         kept = {example.id for example in order[held:]}
-        train = Rows([e for e in train.examples if e.id in kept], train.references)
+        train = replace(train, examples=[e for e in train.examples if e.id in kept])
         note(f"{held} rows of {data.train} are held out for validation")
     limit = run.evaluation.limit
     tests = {name: tokenised(data, source, models, note, limit=limit) for name, source in data.test.items()}
@@ -162,7 +163,7 @@ def tokenised(data: Data, source: str, models: Models, note: Note, limit: int | 
     """The first ``limit`` rows of ``source``, as the run's task reads them."""
     task = task_of(data)
     rows = read_rows(source)[:limit]
-    ids, name = range(len(rows)), Path(source).stem
+    name = Path(source).stem
     examples, report = task.examples(
         rows,
         models.tokenizer,
@@ -172,7 +173,12 @@ def tokenised(data: Data, source: str, models: Models, note: Note, limit: int | 
         source=name,
     )
     note(f"{source}: {report}")
-    return Rows(examples, {f"{name}:{i}": task.references(rows[i], row_id=f"{name}:{i}") for i in ids})
+    ids = [f"{name}:{i}" for i in range(len(rows))]
+    references = {row_id: task.references(row, row_id=row_id) for row_id, row in zip(ids, rows, strict=True)}
+    written = {row_id: task.user_text(row, row_id=row_id) for row_id, row in zip(ids, rows, strict=True)}
+    decode = models.tokenizer.decode
+    prompts = {e.id: written[e.id] or cast(str, decode(e.prompt, skip_special_tokens=True)) for e in examples}
+    return Rows(examples, references, prompts)
 
 
 def answered(run: Run, rows: Rows, models: Models, responses: Responses, *, keep: bool = False) -> Rows:
@@ -190,7 +196,7 @@ def answered(run: Run, rows: Rows, models: Models, responses: Responses, *, keep
     written = {e.id: e for e in responses(wanted)}
     texts = models.tokenizer.batch_decode([e.response for e in written.values()], skip_special_tokens=True)
     references = {row: [text.strip()] for row, text in zip(written, texts, strict=True)}
-    return Rows([written.get(e.id, e) for e in rows.examples], rows.references | references)
+    return Rows([written.get(e.id, e) for e in rows.examples], rows.references | references, rows.prompts)
 
 
 def make_method(run: Run, models: Models, train: Sequence[Example], buffer: ReplayBuffer) -> Method:

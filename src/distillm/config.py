@@ -363,6 +363,8 @@ def make_run(settings: dict[str, Any], overrides: Sequence[str] = (), source: st
         if not sign or not key:
             raise ConfigError(f"{override!r} is not an override; write key.path=value, such as optim.lr=1e-4")
         _set(settings, key.split("."), _value(key, value))
+    if isinstance(method := settings.get("method"), dict):
+        method.setdefault("name", Distillm().name)  # as where there is no such section at all
     try:
         return Run.model_validate(settings)
     except ValidationError as error:
@@ -391,7 +393,7 @@ def read_yaml(source: str) -> dict[str, Any]:
         path = known[source]
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that there is not
         raise ConfigError(f"{path} is not YAML: {error}") from error
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
@@ -402,9 +404,11 @@ def read_yaml(source: str) -> dict[str, Any]:
 
 def as_yaml(run: Run) -> str:
     """``run`` as YAML that ``load_run`` reads back, without what only steers one start of it."""
-    return yaml.safe_dump(
-        run.model_dump(mode="json", exclude={"resume", "overwrite"}), sort_keys=False, allow_unicode=True, width=110
-    )
+    settings = run.model_dump(mode="json", exclude={"resume", "overwrite"})
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110)
+    if yaml.safe_load(text) != settings:  # a few signs, such as U+0085, are read as line ends
+        text = yaml.safe_dump(settings, sort_keys=False, width=110)
+    return text
 
 
 def changed(saved: dict[str, Any], run: Run) -> list[str]:

@@ -18,6 +18,7 @@ def explain(error: ValidationError, root: type[BaseModel], source: str) -> str:
     found: dict[str, dict[str, str]] = {}
     for one in error.errors(include_url=False):
         key, section = located(root, one["loc"])
+        key += ".name" * (one["type"] == "union_tag_invalid")
         text, given = _said(one, key, section, root)
         found.setdefault(key, {})[text] = given
     lines = [
@@ -83,11 +84,9 @@ def _said(error: Any, key: str, section: type[BaseModel] | None, root: type[Base
         return f"no such setting{_of_method(section)}.{elsewhere}", ""
     if kind == "missing":
         return "missing", ""
-    if kind == "union_tag_not_found":
-        return f"give its name, such as {key}.name={_tags(root, key)[0]}. Allowed: {', '.join(_tags(root, key))}", ""
     if kind == "union_tag_invalid":
-        tag = str(error["ctx"]["tag"])
-        return f"{tag!r} is not a {key}.{nearest(tag, _tags(root, key))}", ""
+        above, tag = key.rpartition(".")[0], str(error["ctx"]["tag"])
+        return f"{tag!r} is not a {above}.{nearest(tag, _tags(root, above))}", ""
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         return f"{given!r} is not allowed.{nearest(str(given), allowed)}", ""

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -181,7 +181,7 @@ def _samples(project: Project) -> None:
         entry = {
             "step": project.state.step,
             "id": example.id,
-            "prompt": cast(str, tokenizer.decode(example.prompt, skip_special_tokens=True)),
+            "prompt": project.validation.prompts[example.id],
             "reference": project.validation.references[example.id][0],
             "teacher": project.teacher_texts.get(example.id),
             "student": text,

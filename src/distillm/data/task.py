@@ -92,6 +92,10 @@ class InstructionTask:
         """The prompt before tokenisation; "chat" needs the tokenizer. Raises DataError naming ``row_id``."""
         return self._render(row, self._content(row, row_id), tokenizer, row_id)
 
+    def user_text(self, row: Mapping[str, Any], *, row_id: str = "row") -> str:
+        """What the user wrote, without the template: instruction and input, apart by an empty line."""
+        return "\n\n".join(text for text in self._content(row, row_id).values() if text.strip())
+
     def references(self, row: Mapping[str, Any], *, row_id: str = "row") -> list[str]:
         """The acceptable responses of ``row``; none where it has no output. Training learns the first."""
         value = row.get(self.fields["output"]) if "output" in self.fields else None
