@@ -130,7 +130,7 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> Non
 
 def test_the_chat_template() -> None:
     task = InstructionTask(template="chat", system="Be kind.")
-    text = "system: Be kind.user: Say hello.\n\nIn French.assistant: "  # line ends after a block are trimmed
+    text = "system: Be kind.\nuser: Say hello.\n\nIn French.\nassistant: "
     assert task.prompt_text(row(input="In French."), TOKENIZER) == text
     examples, _ = build(task, [row(input="In French.")])
     assert examples[0].prompt == TOKENIZER(text).input_ids
