@@ -264,7 +264,7 @@ def _small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path
         try:
             yield tmp_path
         finally:
-            subprocess.run(["umount", str(tmp_path)], check=True)
+            subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
     else:
         yield tmp_path
 

@@ -293,7 +293,7 @@ def test_a_run_killed_at_any_file_operation_resumes_bit_for_bit(made: Path, whol
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distillm.pipeline", "killed"])
     reached: set[str] = set()
-    for count in range(1, 10_000, 4):
+    for count in range(1, 10_000, 5):
         folder = tmp_path / f"run-{count}"
         child = context.Process(target=killed.die_at, args=(count, settings(made, folder) | {"resume": "auto"}))
         child.start()

@@ -88,7 +88,7 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     written.
     """
     text = render(read_runs(runs))
-    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(text, encoding="utf-8")
