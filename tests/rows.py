@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from distillm.methods import Context, Method
 from distillm.models import freeze, head_of
@@ -75,10 +76,10 @@ class Recorder(torch.optim.SGD):
         return super().step(closure)
 
 
-def one_step(pair: Pair, method: Method, micro_batch_size: int = 3, total_steps: int = 4) -> tuple[Step, list[Any]]:
+def one_step(pair: Pair, method: Method, micro_batch_size: int = 3, **options: Any) -> tuple[Step, list[Any]]:
     """The step and its gradients, in the order of the student's parameters; the weights stay as they are."""
     optimizer = Recorder(pair.student.parameters())
-    step = next(steps_of(pair, method, optimizer, State(total_steps=total_steps), 0.0, micro_batch_size))
+    step = next(steps_of(pair, method, optimizer, State(total_steps=4), 0.0, micro_batch_size, **options))
     return step, optimizer.gradients[0]
 
 
@@ -90,13 +91,15 @@ def steps_of(
     rate: float | Schedule,
     micro_batch_size: int = 3,
     max_grad_norm: float = 1e9,
+    mixed_precision: str = "no",
 ) -> Any:
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's precision would be kept
     return training_steps(
         pair,
         method,
         optimizer,
         state,
-        accelerator=Accelerator(cpu=True),
+        accelerator=Accelerator(cpu=True, mixed_precision=mixed_precision),
         learning_rate=rate if callable(rate) else constant(rate),
         micro_batch_size=micro_batch_size,
         max_grad_norm=max_grad_norm,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from distillm.generation import Sampling, eval_mode, generate, truncated, uniforms
+from distillm.generation import Sampling, eval_mode, filtered, generate, truncated, uniforms
 from distillm.types import Example
 from rows import NUM_TOKENS, prompts, row, tokens
 from tiny import tiny_causal
@@ -49,6 +49,24 @@ def test_a_generated_row_does_not_depend_on_its_batch(kind: str, sampling: Sampl
     assert written(model, longer, sampling)[1:-1] == alone
     assert written(model, rows[2:4], sampling) == alone[2:4]
     assert len({tuple(r.response) for r in alone}) > 1
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_is_the_plain_loop_of_whole_forward_passes(kind: str, sampling: Sampling) -> None:
+    """No cache, no padding, no batch, and one number of the row's stream for each position."""
+    model, rows = model_of(kind), prompts(4, 1, 9)
+    for r, got in zip(rows, written(model, rows, sampling, end_ids=[]), strict=True):
+        ids, stream = list(r.tokens), uniforms(5, 2, r.id, 8)
+        for u in stream:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids])).logits[:, -1, :NUM_TOKENS]
+            if sampling.temperature == 0:
+                ids.append(int(logits.argmax()))
+            else:
+                law = filtered(logits, sampling).double().softmax(-1)[0]
+                ids.append(int((law.cumsum(0) <= u).sum()))
+        assert got.tokens == ids
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

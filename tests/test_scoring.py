@@ -1,5 +1,7 @@
 """Two models read the same rows: what comes out is aligned, narrowed to the shared tokens, and selectable."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -62,9 +64,13 @@ def test_only_keeps_the_target_tokens_of_the_origins_asked_for() -> None:
         assert {scored.origins[i] for i in part.sequence.tolist()} <= origins
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_under_mixed_precision_hidden_states_and_weights_have_one_type(kind: str) -> None:
-    pair, rows = tiny_pair(kind, torch.float32), [row(0, 4, 5), row(1, 2, 3)]
+# An OPT whose embeddings are narrower than its layers feeds its head bfloat16; the others' last norms give float32.
+MIXED = [("llama", {}), ("gpt2", {}), ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False})]
+
+
+@pytest.mark.parametrize(("kind", "config"), MIXED)
+def test_under_mixed_precision_hidden_states_and_weights_have_one_type(kind: str, config: dict[str, Any]) -> None:
+    pair, rows = tiny_pair(kind, torch.float32, **config), [row(0, 4, 5), row(1, 2, 3)]
     exact = logits(pair.score(rows, STATE, with_teacher=True).student)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scored = pair.score(rows, STATE, with_teacher=True)
@@ -72,6 +78,7 @@ def test_under_mixed_precision_hidden_states_and_weights_have_one_type(kind: str
         assert head is not None
         assert head.weight is not None
         assert head.weight.dtype == head.hidden.dtype
+    assert (scored.student.hidden.dtype == torch.bfloat16) == (kind == "opt")
     torch.testing.assert_close(logits(scored.student).float(), exact, atol=0.1, rtol=0.1)
     logits(scored.student).sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in pair.student.parameters())

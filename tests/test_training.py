@@ -207,6 +207,19 @@ def test_the_student_trains_with_dropout_and_samples_without() -> None:
     assert all(p.grad is None for p in pair.teacher.parameters())
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_bfloat16_passes_give_nearly_the_same_step_with_float32_gradients(kind: str) -> None:
+    pair = tiny_pair(kind, torch.float32)
+    (exact, wanted), (step, gradients) = (
+        one_step(pair, build("kd", pair), mixed_precision=precision) for precision in ("no", "bf16")
+    )
+    assert step.loss == pytest.approx(exact.loss, rel=0.02)
+    assert step.loss != exact.loss
+    assert all(g.dtype == torch.float32 for g in gradients)
+    a, b = (torch.cat([g.flatten() for g in part]) for part in (gradients, wanted))
+    assert float(torch.cosine_similarity(a, b, dim=0)) > 0.99
+
+
 # ------------------------------------------------------------------------------------------------------ end tokens
 
 
