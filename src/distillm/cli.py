@@ -239,9 +239,10 @@ def show_recipe(name: Annotated[str, typer.Argument(help="A name from `distillm 
     read_yaml(name)
     text = recipes()[name].read_text(encoding="utf-8")
     console = Console()
-    console.print(
-        Syntax(text, "yaml", background_color="default") if console.is_terminal else text, end="", soft_wrap=True
-    )
+    if console.is_terminal:
+        console.print(Syntax(text, "yaml", background_color="default"), end="", soft_wrap=True)
+    else:
+        typer.echo(text, nl=False)  # the console would read [brackets] as marks of its own
 
 
 @app.command()
@@ -334,9 +335,9 @@ def _show_comparison(runs: Sequence[Path]) -> None:
 
 
 def _console() -> Console:
-    """A console as wide as the terminal; in a file or a pipe nothing is squeezed."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+    """A console as wide as the terminal; in a file or a pipe nothing is squeezed. [Brackets] are no marks."""
+    console = Console(markup=False)
+    return console if console.is_terminal else Console(markup=False, width=200)
 
 
 def _show_scores(result: dict[str, Any], output: Path | None) -> None:

@@ -15,7 +15,7 @@ class Display:
     """Phases with progress and time left, and notes between them. ``quiet`` shows nothing."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False, interval: float = 10.0):
-        self.console = console or Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False)
+        self.console = console or Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False, markup=False)
         self.interval = interval
 
     def note(self, text: str) -> None:
@@ -39,11 +39,11 @@ class Display:
     def _live(self) -> Progress:
         return Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[info]}"),
+            TextColumn("{task.fields[info]}", markup=False),
             console=self.console,
             expand=True,
         )
