@@ -357,9 +357,6 @@ def main() -> None:
     except DistillmError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("stopped at once; the newest checkpoint stands", err=True)
-        sys.exit(130)
     except Exception as error:
         if "OutOfMemoryError" not in type(error).__name__:
             raise

@@ -23,7 +23,7 @@ def score(run: Run, data: str) -> Result:
     """Score the run's student on the rows of ``data``, with the run's task, decoding, seeds and limit."""
     display = Display()
     models = assembly.load_models(run, assembly.make_accelerator(run), display.note)
-    rows = assembly.tokenised(_described(run.data, models), data, models, display.note, run.evaluation.limit)
+    rows = assembly.tokenised(_fitting(run, models), data, models, display.note, run.evaluation.limit)
     bare = next((row for row, references in rows.references.items() if not references), None)
     if bare is not None:
         raise DataError(f"{bare} has no reference to score against; give an output, or data.fields")
@@ -42,17 +42,24 @@ def score(run: Run, data: str) -> Result:
         )
 
 
-def _described(data: Data, models: assembly.Models) -> Data:
-    """``data``, with the model's own chat template, if it has one, where no template was chosen."""
-    chat = "template" not in data.model_fields_set and models.tokenizer.chat_template is not None
-    return data.model_copy(update={"template": "chat"}) if chat else data
+def _fitting(run: Run, models: assembly.Models) -> Data:
+    """``run.data``; what was not chosen there fits the model: its own chat template, and the length it reads."""
+    fitting: dict[str, Any] = {}
+    if models.tokenizer.chat_template is not None:
+        fitting["template"] = "chat"
+    room = getattr(models.student.config, "max_position_embeddings", None)
+    if isinstance(room, int) and room > run.generation.max_new_tokens + 1:
+        fitting["max_length"] = min(run.data.max_length, room)
+        fitting["max_prompt"] = min(run.data.max_prompt, room - run.generation.max_new_tokens)
+    return run.data.model_copy(update={k: v for k, v in fitting.items() if k not in run.data.model_fields_set})
 
 
 def respond(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows with a ``response`` each, written by the run's student."""
     display = Display()
     models = assembly.load_models(run, assembly.make_accelerator(run), lambda _: None)
-    task = assembly.task_of(_described(run.data, models))
+    data = _fitting(run, models)
+    task = assembly.task_of(data)
     answer = task.fields["output"]
     asked = [{name: value for name, value in row.items() if name != answer} for row in rows]
     there = {name for row in asked for name in row}
@@ -60,8 +67,8 @@ def respond(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     examples, report = replace(task, fields=roles).examples(
         asked,
         models.tokenizer,
-        max_prompt=run.data.max_prompt,
-        max_length=run.data.max_length,
+        max_prompt=data.max_prompt,
+        max_length=data.max_length,
         end_id=cast(int, models.tokenizer.eos_token_id),
         source="prompts",
     )

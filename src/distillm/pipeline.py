@@ -295,7 +295,8 @@ def _interruptible(display: Display) -> Generator[threading.Event]:
 
     def ask(_: int, __: FrameType | None) -> None:
         if stop.is_set():
-            raise KeyboardInterrupt
+            display.note("stopped at once; the newest checkpoint stands")
+            raise KeyboardInterrupt  # the command line ends with 130
         stop.set()
         display.note("stopping after this step and saving; press Ctrl-C again to stop at once")
 
