@@ -64,7 +64,11 @@ def test_resuming_wins_over_overwriting(tmp_path: Path):
 
 
 def test_overwriting_removes_all_of_the_old_run_and_nothing_of_the_users(tmp_path: Path):
-    assert a_run(tmp_path).open(resume=False, overwrite=True) is None
+    folder = a_run(tmp_path)
+    before = names(tmp_path)
+    assert folder.open(resume=False, overwrite=True) is None
+    assert names(tmp_path) == before  # nothing goes before the new run is known to start
+    folder.clear()
     assert names(tmp_path) == ["checkpoints", "eval", "notes.txt"]
 
 

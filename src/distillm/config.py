@@ -334,6 +334,15 @@ class Run(Section):
     """Written by the tool into a run's own run.yaml: versions, command, machine. Never read by training."""
 
     @model_validator(mode="after")
+    def _buffer_holds_a_batch(self) -> "Run":
+        if isinstance(self.method, Distillm) and self.method.capacity < self.train.batch_size:
+            raise ValueError(
+                f"method.capacity ({self.method.capacity}) must be at least train.batch_size "
+                f"({self.train.batch_size}): a student step draws a whole batch from the replay buffer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _teacher_is_there(self) -> "Run":
         reasons = {
             f"method {self.method.name}": self.method.name != "sft",

@@ -17,6 +17,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.student = path / "student"
+        self.condemned = False
 
     def open(self, *, resume: bool, overwrite: bool) -> Path | None:
         """Make the folder, or go on in it; the checkpoint to resume from, if there is one.
@@ -39,22 +40,26 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for folder in (self.path, self.checkpoints):
                 sweep(folder)
-            if occupied and not resume:
-                self._clear()
+            self.condemned = occupied and not resume
             (self.path / "eval").mkdir(exist_ok=True)
             sweep(self.path / "eval")
         except OSError as error:
             raise StorageError(f"could not make the run folder {self.path}: {error}") from error
-        found = list_checkpoints(self.checkpoints)
+        found = list_checkpoints(self.checkpoints) if resume else []
         return found[-1] if found else None
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Delete the run that is to be overwritten: only once the new one has been found fit to start."""
+        if not self.condemned:
+            return
+        self.condemned = False
         for checkpoint in list_checkpoints(self.checkpoints):
             remove(checkpoint)
         for name in ("eval", "student", "distillm"):  # distillm: what a tracker wrote
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in ("samples.jsonl", "responses.jsonl", "report.html", "metrics.jsonl", "run.yaml"):
             (self.path / name).unlink(missing_ok=True)
+        (self.path / "eval").mkdir()
 
     def append(self, name: str, entry: dict[str, Any]) -> None:
         """Add one line to ``metrics.jsonl`` or ``samples.jsonl``."""

@@ -63,10 +63,11 @@ def build(
         folder or RunFolder(Path(run.output)),
     )
     accelerator = assembly.make_accelerator(run)
-    if run.tracker != "none":
-        accelerator.init_trackers("distillm", config={"run": as_yaml(run)})
     models = assembly.load_models(run, accelerator, display.note)
     train, validation, tests = assembly.load_rows(run, models, display.note)
+    folder.clear()
+    if run.tracker != "none":
+        accelerator.init_trackers("distillm", config={"run": as_yaml(run)})
     buffer = ReplayBuffer(run.method.capacity if isinstance(run.method, Distillm) else 1)
     responses = _responses(run, models, folder, display, stop)
     train, validation = (assembly.answered(run, rows, models, responses) for rows in (train, validation))
@@ -139,7 +140,7 @@ def _responses(run: Run, models: Models, folder: RunFolder, display: Display, st
         return cast(str, models.tokenizer.decode(tokens, skip_special_tokens=True))
 
     teacher = run.teacher.path if run.teacher is not None else ""
-    return Responses(path, str(teacher), sampling, write, text, portion=8 * run.generation.batch_size)
+    return Responses(path, str(teacher), sampling, write, text, portion=8 * run.generation.batch_size, seed=run.seed)
 
 
 def unless_stopped(stop: threading.Event, advance: Callable[..., None]) -> Callable[[int], None]:

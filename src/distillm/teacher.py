@@ -33,9 +33,12 @@ class Responses:
         write: Write,
         decode: Callable[[list[int]], str],
         portion: int,
+        seed: int = 0,
     ):
         self.path, self.write, self.decode, self.portion = path, write, decode, portion
-        self.header = {"teacher": teacher, "decoding": asdict(sampling)}
+        self.header: dict[str, Any] = {"teacher": teacher, "decoding": asdict(sampling)}
+        if sampling.temperature > 0:
+            self.header["seed"] = seed
         self.known = self._read()
 
     def __call__(self, prompts: Sequence[Example]) -> list[Example]:
@@ -82,6 +85,7 @@ class Responses:
 
     def _append(self, lines: list[dict[str, Any]]) -> None:
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             fresh = not self.path.exists() or self.path.stat().st_size == 0
             with self.path.open("a", encoding="utf-8") as file:
                 for line in [self.header] * fresh + lines:

@@ -69,7 +69,7 @@ def training_steps(
                 continue
             with accelerator.autocast():
                 scored = pair.score(micro, state, with_teacher=any(term.reads_teacher for term, _ in here))
-            totals = [(term, share, term.total(scored.only(term.origins))) for term, share in here]
+                totals = [(term, share, term.total(scored.only(term.origins))) for term, share in here]
             accelerator.backward(torch.stack([share * total for _, share, total in totals]).sum())
             for term, _, total in totals:
                 sums[term.name] = sums.get(term.name, 0) + total.detach()

@@ -14,9 +14,10 @@ from rich.table import Table
 
 from ..assembly import make_method
 from ..checkpoint import write_text, written_aside
-from ..config import as_yaml, make_run, read_yaml
+from ..config import as_yaml, load_run, make_run, read_yaml
 from ..display import Display, clock
 from ..errors import ModelError
+from ..evaluation import rouge_l
 from ..models import load_model, load_tokenizer, save_model
 from ..pipeline import distill
 from ..project import Project, build, steps
@@ -59,7 +60,7 @@ def run_demo(output: Path, display: Display, *, quick: bool, teacher: str | None
     display.note(
         f"\nreport    {report}\nstudent   {runs[1] / 'student'}\nsettings  {output / 'distillm.yaml'}\n\n"
         f"took {clock(time.monotonic() - began)}. Ask the student yourself:\n"
-        f'  distillm generate {runs[1]} "In one short sentence, what does a baker do?"'
+        f'  distillm generate {runs[1]} "In one sentence, what does a baker do?"'
     )
     return report
 
@@ -125,10 +126,29 @@ def _run(output: Path, settings: dict[str, Any], name: str, display: Display) ->
     return distill(run, display, f"distillm train {output / name}.yaml")
 
 
+def _fixed_answer(run: Path) -> float:
+    """ROUGE-L of the training answer that is most like the validation answers, given to every held-out prompt.
+
+    The answers share their form, so this is what form alone is worth.
+    """
+    settings = load_run(str(run))
+    written = [json.loads(line) for line in _lines(Path(str(settings.data.responses_file)))[1:]]
+    answers = {kind: [e["response"] for e in written if e["id"].startswith(f"{kind}:")] for kind in ("train", "valid")}
+    wanted = [[text] for text in answers["valid"]]
+    fixed = max(answers["train"][:60], key=lambda text: sum(rouge_l([text] * len(wanted), wanted)))
+    test = json.loads((run / "eval" / "jobs-student.json").read_text(encoding="utf-8"))["predictions"]
+    return statistics.fmean(rouge_l([fixed] * len(test), [entry["references"] for entry in test]))
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def _table(runs: Sequence[Path]) -> Table:
     table = Table(
         "", "ROUGE-L to the teacher", "divergence to the teacher", "response tokens", title="held-out prompts"
     )
+    table.add_row("one fixed answer", f"{_fixed_answer(runs[1]):.2f}", "", "")
     rows = [("before", runs[1], "before"), *((run.name, run, "student") for run in runs)]
     for label, run, system in rows:
         scores = json.loads((run / "eval" / f"jobs-{system}.json").read_text(encoding="utf-8"))["scores"]
