@@ -1,17 +1,22 @@
 """Scores against values worked out by hand, and the scoring of a model: seeds, order, lengths, progress."""
 
+import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from command_line import done
 from distillm.errors import DataError
 from distillm.evaluation import evaluate, exact_match, rouge_l, score_predictions, summary
 from distillm.generation import Sampling, generate
+from distillm.pipeline import distill
 from distillm.types import Example
 from tiny import SENTENCES, tiny_causal, tiny_tokenizer
+from tiny_run import lines, materials, scores, tiny_run, write_rows
 
 # ----------------------------------------------------------------------------------------------------- metrics on texts
 
@@ -198,3 +203,25 @@ def test_progress_counts_the_rows_of_all_seeds(model: Any, tokenizer: Any, examp
 def test_nothing_to_evaluate_is_an_error(model: Any, tokenizer: Any):
     with pytest.raises(DataError, match="no rows to evaluate"):
         scored(model, tokenizer, [], Sampling(), [1])
+
+
+# ------------------------------------------------------------------------------------------------- selection and test
+
+
+def test_selection_and_test_read_decode_and_score_alike(tmp_path: Path):
+    made = materials(tmp_path)
+    asked = [{"instruction": f"Say {i}.", "output": " ".join(SENTENCES[i : i + 3])} for i in range(6)]
+    write_rows(made / "valid.jsonl", asked)
+    changes = {
+        "data.max_length": 200,
+        "generation.max_new_tokens": 40,
+        "validation.select": "rouge_l",
+        "train.steps": 4,
+    }
+    more = {"data.test": {"mine": str(made / "valid.jsonl")}, "validation.every": 2, "evaluation.seeds": [3]}
+    distill(tiny_run(made, made / "run", changes | more))
+    best = max(entry["rouge_l"] for entry in lines(made / "run" / "metrics.jsonl", "validation")[1:])
+    assert best > 0
+    assert scores(made / "run")["mine-student.json"]["scores"]["rouge_l"]["mean"] == pytest.approx(best)
+    done("eval", made / "run", "--data", made / "valid.jsonl", "--output", made / "again.json")
+    assert json.loads((made / "again.json").read_text())["scores"]["rouge_l"]["mean"] == pytest.approx(best)
