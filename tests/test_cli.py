@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
@@ -28,7 +29,9 @@ from tiny_run import settings as tiny_settings
 
 def said_by_a_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "distillm", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    # As a user's shell has it: what the tests quieten is not quiet there.
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +170,7 @@ texts = st.text(max_size=40) | st.lists(
 
 
 @given(
-    data=st.integers(1, 2).flatmap(
+    st.integers(1, 2).flatmap(
         lambda seeds: st.lists(
             st.fixed_dictionaries(
                 {
@@ -180,6 +183,7 @@ texts = st.text(max_size=40) | st.lists(
         )
     )
 )
+@example([{"predictions": ["naïve cats ran 你好"], "references": ["a naïve cat runs 你好", "cats running"]}])
 @settings(deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_rouge_l_of_predictions_is_that_of_rouge_score(tmp_path: Path, data: list[dict[str, Any]]):
     path, output = tmp_path / "predictions.jsonl", tmp_path / "scores.json"
@@ -213,7 +217,7 @@ def test_generate_prints_an_answer_under_each_prompt(made: Path):
 
 
 def test_generate_reads_and_writes_files_and_keeps_every_field(made: Path, tmp_path: Path):
-    asked = [{"instruction": "Say one.", "output": "one", "key": 7}, {"instruction": "Say two.", "key": 8}]
+    asked = [{"instruction": "Say one.", "output": "", "key": 7}, {"instruction": "Say two.", "key": 8}]
     path, output = write_rows(tmp_path / "asked.jsonl", asked), tmp_path / "deep" / "answers.jsonl"
     done(
         "generate",
