@@ -208,7 +208,8 @@ def test_nothing_to_evaluate_is_an_error(model: Any, tokenizer: Any):
 # ------------------------------------------------------------------------------------------------- selection and test
 
 
-def test_selection_and_test_read_decode_and_score_alike(tmp_path: Path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_selection_and_test_read_decode_and_score_alike(tmp_path: Path, dtype: str):
     made = materials(tmp_path)
     asked = [{"instruction": f"Say {i}.", "output": " ".join(SENTENCES[i : i + 3])} for i in range(6)]
     write_rows(made / "valid.jsonl", asked)
@@ -219,9 +220,11 @@ def test_selection_and_test_read_decode_and_score_alike(tmp_path: Path):
         "train.steps": 4,
     }
     more = {"data.test": {"mine": str(made / "valid.jsonl")}, "validation.every": 2, "evaluation.seeds": [3]}
-    distill(tiny_run(made, made / "run", changes | more))
+    distill(tiny_run(made, made / "run", changes | more | {"student.dtype": dtype}))
     best = max(entry["rouge_l"] for entry in lines(made / "run" / "metrics.jsonl", "validation")[1:])
     assert best > 0
     assert scores(made / "run")["mine-student.json"]["scores"]["rouge_l"]["mean"] == pytest.approx(best)
     done("eval", made / "run", "--data", made / "valid.jsonl", "--output", made / "again.json")
-    assert json.loads((made / "again.json").read_text())["scores"]["rouge_l"]["mean"] == pytest.approx(best)
+    assert (
+        json.loads((made / "again.json").read_text())["scores"] == scores(made / "run")["mine-student.json"]["scores"]
+    )
