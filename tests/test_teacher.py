@@ -168,8 +168,8 @@ def test_prompts_are_told_apart_by_what_the_teacher_reads(path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_or_read_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="could not write"):
-        (tmp_path / "file").touch()
         responses(tmp_path / "file" / "responses.jsonl", Teacher())(ROWS)
     with pytest.raises(StorageError, match="could not read"):
         responses(tmp_path, Teacher())
