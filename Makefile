@@ -25,7 +25,7 @@ demo: $(VENV)/.teacher
 	$(BIN)/distillm demo $(DEMO)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'not slow' -n 2 -q
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile -q
 
 # The tests on ../shared as well: they fail where it is absent instead of being skipped.
 test-data: $(VENV)/.dev $(VENV)/.teacher

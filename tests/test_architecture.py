@@ -29,14 +29,14 @@ LEVELS = {
     5: ["methods.py"],
     6: ["train.py", "checkpoint.py", "folder.py", "evaluation/", "report/", "display.py"],
     7: ["config.py", "recipes/"],
-    8: ["assembly.py", "provenance.py"],
+    8: ["assembly.py", "rows.py", "provenance.py"],
     9: ["assess.py", "project.py"],
     10: ["pipeline.py", "commands.py"],
     11: ["demo/"],
     12: ["cli.py", "__main__.py"],
 }
 LEVEL_OF = {name.removesuffix("/"): level for level, names in LEVELS.items() for name in names}
-KNOW_RUN = {"assembly.py", "assess.py", "project.py", "pipeline.py", "commands.py", "demo", "cli.py"}
+KNOW_RUN = {"assembly.py", "rows.py", "assess.py", "project.py", "pipeline.py", "commands.py", "demo", "cli.py"}
 
 
 def box(path: Path) -> str:

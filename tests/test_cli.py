@@ -345,14 +345,14 @@ def test_tokenizer_learns_from_texts_and_rows_alike(made: Path, tmp_path: Path, 
     assert tokenizer.decode(tokenizer("Say one two.", add_special_tokens=False)["input_ids"]).strip() == "Say one two."
 
 
-def test_a_student_from_scratch_learns_with_a_tokenizer_of_ones_own(made: Path, tmp_path: Path):
+def test_a_student_from_scratch_learns_with_a_tokenizer_of_ones_own(made: Path, run_yaml: Path, tmp_path: Path):
     done("tokenizer", made / "train.jsonl", "-o", tmp_path / "t", "--size", 280)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 128}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     config = {"model_type": "llama", **sizes, **heads}
     student = f"student={json.dumps({'tokenizer': str(tmp_path / 't'), 'config': config})}"
     done(
-        *("train", made / "run.yaml", student, "teacher=null", "method={name: sft}", "data.text=null"),
+        *("train", run_yaml, student, "teacher=null", "method={name: sft}", "data.text=null"),
         *(f"output={tmp_path / 'run'}", "train.steps=2", "data.test={}"),
     )
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "student")) == 280

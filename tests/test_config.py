@@ -305,3 +305,9 @@ def test_the_schema_describes_every_setting():
         assert section["additionalProperties"] is False
     for key in KEYS:
         assert f'"{key.rpartition(".")[2]}"' in described
+
+
+def test_a_folder_that_holds_no_run_does_not_hide_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert read_yaml("demo")["output"] == "demo/distillm"

@@ -1,10 +1,9 @@
-"""A ``Run`` becomes objects: models, rows, method, optimizer."""
+"""A ``Run`` becomes objects: models, method, optimizer."""
 
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,29 +14,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import methods, sources
-from .config import Data, Run
-from .data import InstructionTask, read_rows, text_examples
-from .errors import ConfigError, DataError, ModelError
+from .config import Run
+from .errors import ConfigError, ModelError
 from .generation import Sampling, generate
 from .methods import Context, Method
 from .models import freeze, head_of, load_model, load_tokenizer, shrink
 from .scoring import Pair
 from .sources import ReplayBuffer
-from .teacher import Responses
 from .train import parameter_groups
 from .types import Example, State
 from .vocabulary import end_ids, padded_note, shared_tokens
 
 Note = Callable[[str], None]
-
-
-@dataclass
-class Rows:
-    """The rows of one purpose: tokenised, and by row id their references and what the user wrote."""
-
-    examples: list[Example]
-    references: dict[str, list[str]]
-    prompts: dict[str, str]
 
 
 @dataclass
@@ -107,100 +95,10 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
     return Models(tokenizer, student, teacher, pair, ends)
 
 
-def load_rows(run: Run, models: Models, note: Note) -> tuple[Rows, Rows, dict[str, Rows]]:
-    """Training, validation and test rows, tokenised.
-
-    Raises:
-        DataError: a file is missing, malformed, or has no usable row.
-    """
-    data = run.data
-    train = tokenised(data, data.train, models, note, limit=data.limit)
-    if data.validation is not None:
-        validation = tokenised(data, data.validation, models, note, limit=data.validation_size)
-    else:
-        held = min(data.validation_size, len(train.examples) // 5)
-        if not held:
-            raise DataError(f"{data.train} has too few rows to hold some out; give data.validation")
-        order = sources.keyed(run.seed, "holdout").sample(train.examples, len(train.examples))
-        validation = replace(train, examples=order[:held])
-        kept = {example.id for example in order[held:]}
-        train = replace(train, examples=[e for e in train.examples if e.id in kept])
-        note(f"{held} rows of {data.train} are held out for validation")
-    limit = run.evaluation.limit
-    tests = {name: tokenised(data, source, models, note, limit=limit) for name, source in data.test.items()}
-    for rows in (train, validation, *tests.values()):
-        check_room(models, rows.examples, run.generation.max_new_tokens)
-    return train, validation, tests
-
-
-def check_room(models: Models, examples: Sequence[Example], new_tokens: int = 0) -> None:
-    """Raise ConfigError where a row, or a prompt and ``new_tokens`` of answer, is longer than a model can read."""
-    row = max(examples, key=lambda e: len(e.tokens))
-    prompt = max(examples, key=lambda e: e.start)
-    for name, model in (("student", models.student), ("teacher", models.teacher)):
-        room = None if model is None else getattr(model.config, "max_position_embeddings", None)
-        if not isinstance(room, int):
-            continue
-        if len(row.tokens) > room:
-            raise ConfigError(
-                f"{row.id} has {len(row.tokens)} tokens, but the {name} reads at most {room}; "
-                "lower data.max_length (data.text_length for plain text)"
-            )
-        if prompt.start + new_tokens > room and new_tokens:
-            raise ConfigError(
-                f"{prompt.id} has a prompt of {prompt.start} tokens, which with max_new_tokens={new_tokens} is more "
-                f"than the {room} that the {name} reads; lower generation.max_new_tokens or data.max_prompt"
-            )
-
-
-def task_of(data: Data) -> InstructionTask:
-    """The task that ``data`` describes."""
-    roles = {"instruction": "instruction", "input": "input", "output": "output"}
-    return InstructionTask(template=data.template, system=data.system, fields=roles | data.fields)
-
-
-def tokenised(data: Data, source: str, models: Models, note: Note, limit: int | None) -> Rows:
-    """The first ``limit`` rows of ``source``, as the run's task reads them."""
-    task = task_of(data)
-    rows = read_rows(source)[:limit]
-    name = Path(source).stem
-    examples, report = task.examples(
-        rows,
-        models.tokenizer,
-        max_prompt=data.max_prompt,
-        max_length=data.max_length,
-        end_id=cast(int, models.tokenizer.eos_token_id),
-        source=name,
-    )
-    note(f"{source}: {report}")
-    ids = [f"{name}:{i}" for i in range(len(rows))]
-    references = {row_id: task.references(row, row_id=row_id) for row_id, row in zip(ids, rows, strict=True)}
-    written = {row_id: task.user_text(row, row_id=row_id) for row_id, row in zip(ids, rows, strict=True)}
-    decode = models.tokenizer.decode
-    prompts = {e.id: written[e.id] or cast(str, decode(e.prompt, skip_special_tokens=True)) for e in examples}
-    return Rows(examples, references, prompts)
-
-
-def answered(run: Run, rows: Rows, models: Models, responses: Responses, *, keep: bool = False) -> Rows:
-    """``rows`` with the teacher's responses, if the run asks for them or, with ``keep``, where a row has none."""
-    asked = run.data.responses == "teacher"
-    wanted = [e for e in rows.examples if asked and not (keep and rows.references[e.id])]
-    if not wanted:
-        bare = next((e.id for e in rows.examples if not rows.references[e.id]), None)
-        if bare is not None:
-            raise DataError(
-                f"{bare} has no response. Give one in the data, or let the teacher write all of them: "
-                "data.responses=teacher"
-            )
-        return rows
-    written = {e.id: e for e in responses(wanted)}
-    texts = models.tokenizer.batch_decode([e.response for e in written.values()], skip_special_tokens=True)
-    references = {row: [text.strip()] for row, text in zip(written, texts, strict=True)}
-    return Rows([written.get(e.id, e) for e in rows.examples], rows.references | references, rows.prompts)
-
-
-def make_method(run: Run, models: Models, train: Sequence[Example], buffer: ReplayBuffer) -> Method:
-    """The run's method over ``train``, plain text included."""
+def make_method(
+    run: Run, models: Models, train: Sequence[Example], text: Sequence[Example], buffer: ReplayBuffer
+) -> Method:
+    """The run's method over ``train``, with the language-model loss on ``text`` where there is any."""
     sampling = make_sampling(run)
 
     def student_answers(prompts: Sequence[Example], state: State) -> list[Example]:
@@ -220,11 +118,8 @@ def make_method(run: Run, models: Models, train: Sequence[Example], buffer: Repl
     settings = run.method.model_dump(exclude={"name", "capacity", "trigger"}, exclude_none=True)
     context = Context(data, student_answers, buffer, run.seed)
     method = methods.METHODS[run.method.name](context, **settings)
-    if run.data.text is None or run.data.text_weight == 0:
+    if not text:
         return method
-    ends = cast(int, models.tokenizer.eos_token_id)
-    text = text_examples(run.data.text, models.tokenizer, length=run.data.text_length, end_id=ends)
-    check_room(models, text)
     return methods.with_text(method, sources.dataset(text, run.train.batch_size, run.seed + 1), run.data.text_weight)
 
 

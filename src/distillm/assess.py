@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel
 
-from .assembly import Models, Rows, make_sampling
+from .assembly import Models, make_sampling
 from .config import Run
 from .evaluation import Result, evaluate, summary
 from .evaluation.run import decode
 from .generation import generate
+from .rows import Rows
 from .train import validate
 from .types import Example, State
 

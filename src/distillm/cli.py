@@ -353,8 +353,8 @@ def _show_scores(result: dict[str, Any], output: Path | None) -> None:
 
 def main() -> None:
     """Run the command line; what a user can mend is said without a traceback."""
-    # Read by GNU's OpenMP when torch is loaded. Its threads spin for milliseconds at each barrier: beside one other
-    # busy program on two cores that makes a forward pass several times slower, and idle ones gain nothing (docs/log.md).
+    # Read by GNU's OpenMP when torch is loaded. Its threads spin for milliseconds at each barrier: beside one
+    # busy program on two cores that makes a pass several times slower, and idle ones gain nothing (docs/log.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app()

@@ -9,25 +9,27 @@ from . import assembly
 from .assess import answers, assess
 from .checkpoint import written_aside
 from .config import Data, Run
-from .data import all_texts
+from .data import all_texts, read_rows
 from .display import Display
 from .errors import ConfigError, DataError
 from .evaluation import Result
 from .models import load_model, load_tokenizer, num_parameters, save_model
 from .models import shrink as shrunk
 from .report.text import parameter_count
+from .rows import check_room, task_of, tokenised
 from .vocabulary import train_tokenizer
 
 
 def score(run: Run, data: str) -> Result:
     """Score the run's student on the rows of ``data``, with the run's task, decoding, seeds and limit."""
     display = Display()
+    read = read_rows(data)[: run.evaluation.limit]
     models = assembly.load_models(run, assembly.make_accelerator(run), display.note)
-    rows = assembly.tokenised(_fitting(run, models), data, models, display.note, run.evaluation.limit)
+    rows = tokenised(_fitting(run, models), data, read, models, display.note)
     bare = next((row for row, references in rows.references.items() if not references), None)
     if bare is not None:
         raise DataError(f"{bare} has no reference to score against; give an output, or data.fields")
-    assembly.check_room(models, rows.examples, run.generation.max_new_tokens)
+    check_room(models, rows.examples, run.generation.max_new_tokens)
     greedy = assembly.make_sampling(run, run.evaluation.temperature).temperature == 0
     total = len(rows.examples) * (1 if greedy else len(run.evaluation.seeds))
     with display.phase(f"score on {Path(data).stem}", total) as advance:
@@ -59,7 +61,7 @@ def respond(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     display = Display()
     models = assembly.load_models(run, assembly.make_accelerator(run), lambda _: None)
     data = _fitting(run, models)
-    task = assembly.task_of(data)
+    task = task_of(data)
     answer = task.fields["output"]
     asked = [{name: value for name, value in row.items() if name != answer} for row in rows]
     there = {name for row in asked for name in row}
@@ -74,7 +76,7 @@ def respond(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     )
     if report.cut_prompts or report.dropped:
         display.note(f"prompts: {report}")
-    assembly.check_room(models, examples, run.generation.max_new_tokens)
+    check_room(models, examples, run.generation.max_new_tokens)
     texts = answers(run, models, models.student, examples)
     places = [int(example.id.rsplit(":", 1)[1]) for example in examples]
     return [{**rows[i], "response": text} for i, text in zip(places, texts, strict=True)]

@@ -388,13 +388,13 @@ def recipes() -> dict[str, Path]:
 
 def read_yaml(source: str) -> dict[str, Any]:
     """The settings in a YAML file, a run folder, or a recipe."""
-    path = Path(source)
+    path, known = Path(source), recipes()
     if path.is_dir():
         path = path / "run.yaml"
-        if not path.is_file():
+        # The demonstration's own folder does not hide the recipe of the same name.
+        if not path.is_file() and source not in known:
             raise ConfigError(f"{source} is a folder without a run.yaml, so it holds no run; give a YAML file or a run")
     if not path.is_file():
-        known = recipes()
         if source not in known:
             near = difflib.get_close_matches(source, [*known, *(str(p) for p in Path().glob("*.y*ml"))], 1)
             hint = f" Did you mean {near[0]}?" if near else ""

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from . import assembly, schedules
-from .assembly import Models, Rows
+from .assembly import Models
 from .checkpoint import written_aside
 from .config import Distillm, Run, as_yaml
 from .display import Display
@@ -19,6 +19,7 @@ from .folder import RunFolder
 from .generation import generate
 from .methods import Method
 from .models import save_model
+from .rows import Rows, answered, load_rows, read_data
 from .sources import ReplayBuffer, steps_per_epoch
 from .teacher import Responses
 from .train import Step, training_steps
@@ -35,6 +36,7 @@ class Project:
     train: Rows
     validation: Rows
     tests: dict[str, Rows]
+    text: list[Example]
     method: Method
     optimizer: torch.optim.AdamW
     accelerator: Accelerator
@@ -63,15 +65,16 @@ def build(
         folder or RunFolder(Path(run.output)),
     )
     accelerator = assembly.make_accelerator(run)
+    read = read_data(run)
     models = assembly.load_models(run, accelerator, display.note)
-    train, validation, tests = assembly.load_rows(run, models, display.note)
+    rows = load_rows(run, read, models, display.note)
     folder.clear()
     if run.tracker != "none":
         accelerator.init_trackers("distillm", config={"run": as_yaml(run)})
     buffer = ReplayBuffer(run.method.capacity if isinstance(run.method, Distillm) else 1)
     responses = _responses(run, models, folder, display, stop)
-    train, validation = (assembly.answered(run, rows, models, responses) for rows in (train, validation))
-    tests = {name: assembly.answered(run, rows, models, responses, keep=True) for name, rows in tests.items()}
+    train, validation = (answered(run, asked, models, responses) for asked in (rows.train, rows.validation))
+    tests = {name: answered(run, asked, models, responses, keep=True) for name, asked in rows.tests.items()}
     epochs = run.train.epochs or 1
     steps = run.train.steps or epochs * steps_per_epoch(len(train.examples), run.train.batch_size)
     return Project(
@@ -81,7 +84,8 @@ def build(
         train=train,
         validation=validation,
         tests=tests,
-        method=assembly.make_method(run, models, train.examples, buffer),
+        text=rows.text,
+        method=assembly.make_method(run, models, train.examples, rows.text, buffer),
         optimizer=assembly.make_optimizer(run, models.student),
         accelerator=accelerator,
         state=State(total_steps=steps),

@@ -109,7 +109,7 @@ def _settings(output: Path, teacher: Path, quick: bool) -> dict[str, Any]:
 def _seconds_per_step(project: Project, settings: dict[str, Any], name: str) -> float:
     """The median of a few steps of the method, on a project that is thrown away."""
     run = make_run(settings | {"method": settings["method"] if name == "distillm" else {"name": name}})
-    project.method = make_method(run, project.models, project.train.examples, project.buffer)
+    project.method = make_method(run, project.models, project.train.examples, project.text, project.buffer)
     project.state.step, project.state.total_steps = 0, 4
     return statistics.median(step.seconds for step in steps(project))
 
