@@ -92,7 +92,7 @@ def naive_kept(logits: list[float], sampling: Sampling) -> set[int] | None:
 
     None where a mass meets the bound of top-p so closely that rounding decides.
     """
-    z = [value / sampling.temperature for value in logits]
+    z: list[float] = (torch.tensor(logits) / sampling.temperature).tolist()  # in float32, where ties are made
     kept = set(range(len(z)))
     if 0 < sampling.top_k < len(z):
         kth = sorted(z, reverse=True)[sampling.top_k - 1]
@@ -119,6 +119,7 @@ def naive_kept(logits: list[float], sampling: Sampling) -> set[int] | None:
 )
 @example([0.0] * 40, 0, 0.51, 1.0)
 @example([1.0] * 40, 7, 1.0, 1.0)
+@example([0.0, 7.0, 1.401298464324817e-45], 0, 0.9, 3.0)  # a tie, once divided
 def test_filters_keep_what_a_naive_reimplementation_keeps(
     values: list[float], top_k: int, top_p: float, temperature: float
 ) -> None:
