@@ -25,6 +25,7 @@ def numbered(prompts: Sequence[Example], state: State) -> list[Example]:
 def replaying(buffer: ReplayBuffer, phi: float, ratio: Any = 0.5, batch: int = 4, seed: int = 7, **rest: Any) -> Source:
     schedule: Callable[[State], float] = ratio if callable(ratio) else constant(ratio)
     data = dataset(ROWS, batch, seed)
+    rest = {"end_ids": [1]} | rest
     return off_policy(data, numbered, buffer, probability=constant(phi), replay_ratio=schedule, seed=seed, **rest)
 
 
@@ -113,7 +114,7 @@ def test_the_buffer_keeps_the_newest_rows_and_no_more_than_its_capacity(capacity
         return numbered(prompts, state)
 
     source = off_policy(
-        dataset(ROWS, 4, 0), watched, buffer, probability=constant(0.8), replay_ratio=constant(0.5), seed=0
+        dataset(ROWS, 4, 0), watched, buffer, probability=constant(0.8), replay_ratio=constant(0.5), seed=0, end_ids=[1]
     )
     for step in range(120):
         drawn = source(State(step, 120))

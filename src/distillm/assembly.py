@@ -116,7 +116,7 @@ def make_method(
 
     data = sources.dataset(train, run.train.batch_size, run.seed)
     settings = run.method.model_dump(exclude={"name", "capacity", "trigger"}, exclude_none=True)
-    context = Context(data, student_answers, buffer, run.seed)
+    context = Context(data, student_answers, buffer, run.seed, models.end_ids)
     method = methods.METHODS[run.method.name](context, **settings)
     if not text:
         return method
@@ -139,7 +139,7 @@ def make_accelerator(run: Run) -> Accelerator:
     """The device, precision and tracker of a run; seeds the global generators (dropout).
 
     Raises:
-        ConfigError: the device is not there, or the tracker is not installed.
+        ConfigError: the device or its bfloat16 is not there, or the tracker is not installed.
     """
     if run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch sees no CUDA device here; use device=auto or device=cpu")
@@ -148,12 +148,19 @@ def make_accelerator(run: Run) -> Accelerator:
     if run.tracker != "none" and importlib.util.find_spec(run.tracker) is None:
         raise ConfigError(f"tracker={run.tracker}, but it is not installed: pip install {run.tracker}")
     AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
-    accelerator = Accelerator(
-        cpu=run.device == "cpu",
-        mixed_precision="no" if run.train.mixed_precision == "none" else run.train.mixed_precision,
-        log_with=None if run.tracker == "none" else run.tracker,
-        project_dir=run.output,
-    )
+    mixed = run.train.mixed_precision != "none"
+    try:
+        accelerator = Accelerator(
+            cpu=run.device == "cpu",
+            mixed_precision=run.train.mixed_precision if mixed else "no",
+            log_with=None if run.tracker == "none" else run.tracker,
+            project_dir=run.output,
+        )
+    except ValueError as error:
+        if not mixed:
+            raise
+        said = f"train.mixed_precision={run.train.mixed_precision}, which this device does not have ({error})"
+        raise ConfigError(f"{said}; use train.mixed_precision=none") from error
     set_seed(run.seed)
     return accelerator
 

@@ -40,10 +40,13 @@ def mixture(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
 
 
 def check_weight(name: str, weight: float | Tensor) -> None:
-    """Raise ``ValueError`` unless ``weight`` is a number in [0, 1] or a tensor broadcastable to ``[..., 1]``."""
+    """Raise ``ValueError`` unless ``weight`` is a number in [0, 1], or a tensor ``[..., 1]`` of such numbers."""
     if isinstance(weight, Tensor):
         if weight.ndim and weight.shape[-1] != 1:
             raise ValueError(f"{name} has shape {tuple(weight.shape)}; give one per row, of shape [..., 1]")
+        # On an accelerator this waits for the device, but only here is the one who gave the tensor still to be told.
+        if not bool(((weight >= 0) & (weight <= 1)).all()):
+            raise ValueError(f"{name} holds {weight.min().item()} to {weight.max().item()}; give numbers from 0 to 1")
     elif not 0 <= weight <= 1:
         raise ValueError(f"{name} is {weight}; give a number from 0 to 1")
 

@@ -1,5 +1,7 @@
 """What a user can mend. The command line prints these without a traceback and ends with their exit code."""
 
+from collections.abc import Sequence
+
 
 class DistillmError(Exception):
     """Root of the errors that say what to do."""
@@ -20,9 +22,13 @@ class ModelError(DistillmError):
 
 
 class TrainingError(DistillmError):
-    """Training cannot go on, such as when the loss is no longer finite."""
+    """Training cannot go on, such as when the loss is no longer finite; ``rows`` has the ids of the batch, if any."""
 
     exit_code = 3
+
+    def __init__(self, message: str, rows: Sequence[str] = ()):
+        super().__init__(message)
+        self.rows = list(rows)
 
 
 class StorageError(DistillmError):
@@ -35,3 +41,8 @@ class Interrupted(DistillmError):
     """The user stopped the work; what was done is saved."""
 
     exit_code = 130
+
+
+def first_of(names: Sequence[str], most: int = 16) -> str:
+    """``names`` for a message that stays within a screen: those after the first ``most`` are left out."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from .errors import TrainingError, first_of
+from .heads import eval_mode
 from .types import Example, Origin, answer
 
 
@@ -22,18 +24,6 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-
-
-@contextmanager
-def eval_mode(model: torch.nn.Module) -> Generator[None]:
-    """``model`` in eval mode inside, every module's own mode restored afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def uniforms(seed: int, step: int, row: str, count: int) -> np.ndarray:
@@ -73,17 +63,27 @@ def draw(logits: Tensor, u: Tensor) -> Tensor:
 
 
 class _Choose:
-    """A logits processor that leaves one token possible: the greedy one, or the row's own draw."""
+    """A logits processor that leaves one token possible: the greedy one, or the row's own draw.
 
-    def __init__(self, sampling: Sampling, draws: Tensor, num_tokens: int):
-        self.sampling, self.draws, self.num_tokens, self.position = sampling, draws, num_tokens, 0
+    ``bad`` ``[B]`` is the first position without a finite largest logit, ``max_new_tokens`` where there is none. There
+    the row gets ``stop``, and nobody waits for the device: who called `generate` looks once, afterwards.
+    """
+
+    def __init__(self, sampling: Sampling, draws: Tensor, num_tokens: int, stop: int):
+        self.sampling, self.draws, self.num_tokens, self.stop, self.position = sampling, draws, num_tokens, stop, 0
+        self.bad = torch.full((len(draws),), sampling.max_new_tokens, device=draws.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores[:, : self.num_tokens].float()  # the padding of the vocabulary is never sampled
         if self.sampling.temperature == 0:
             chosen = logits.argmax(-1)
         else:
-            chosen = draw(filtered(logits, self.sampling), self.draws[:, self.position])
+            logits = filtered(logits, self.sampling)
+            chosen = draw(logits, self.draws[:, self.position])
+        # NaN and +inf are found by the largest, and so is a row of -inf alone; some models forbid tokens by -inf.
+        bad = ~logits.amax(-1).isfinite()
+        self.bad = torch.where(bad, self.bad.clamp(max=self.position), self.bad)
+        chosen = chosen.masked_fill(bad, self.stop)
         self.position += 1
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
 
@@ -106,6 +106,9 @@ def generate(
 
     A response ends with the end token that occurred; one cut by ``max_new_tokens`` has none. Prompts are batched by
     length. ``progress`` is called with the number of rows finished so far.
+
+    Raises:
+        TrainingError: the model's logits are not finite.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(_context(prompts[i], origin)), reverse=True)
     answers: dict[int, Example] = {}
@@ -113,9 +116,10 @@ def generate(
         rows = order[at : at + batch_size]
         contexts = [_context(prompts[i], origin) for i in rows]
         draws = np.stack([uniforms(seed, step, prompts[i].id, sampling.max_new_tokens) for i in rows])
-        for i, response in zip(
-            rows, _respond(model, contexts, sampling, draws, pad_id, end_ids, num_tokens), strict=True
-        ):
+        responses, bad = _respond(model, contexts, sampling, draws, pad_id, end_ids, num_tokens)
+        if any(bad):
+            raise _not_finite([prompts[i].id for i in rows], sum(bad))
+        for i, response in zip(rows, responses, strict=True):
             answers[i] = answer(prompts[i], response, origin, step)
         if progress is not None:
             progress(len(answers))
@@ -141,13 +145,15 @@ def _respond(
     pad_id: int,
     end_ids: Sequence[int],
     num_tokens: int,
-) -> list[list[int]]:
+) -> tuple[list[list[int]], list[bool]]:
+    """The responses, and whether the logits of one of its tokens were not finite."""
     device = model.device
     longest = max(len(c) for c in contexts)
     ids = torch.tensor([[pad_id] * (longest - len(c)) + c for c in contexts], device=device)
     mask = torch.tensor([[0] * (longest - len(c)) + [1] * len(c) for c in contexts], device=device)
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    choose = _Choose(sampling, torch.from_numpy(draws).to(device=device, dtype=dtype), num_tokens)
+    stop = next(iter(end_ids), 0)
+    choose = _Choose(sampling, torch.from_numpy(draws).to(device=device, dtype=dtype), num_tokens, stop)
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=sampling.max_new_tokens,
@@ -162,7 +168,19 @@ def _respond(
             generation_config=settings,
             logits_processor=LogitsProcessorList([choose]),
         )
-    return [_until_end(row, end_ids) for row in out[:, longest:].tolist()]
+    responses = [_until_end(row, end_ids) for row in out[:, longest:].tolist()]
+    # What comes after a row's end is not looked at.
+    return responses, [at < len(row) for at, row in zip(choose.bad.tolist(), responses, strict=True)]
+
+
+def _not_finite(ids: list[str], bad: int) -> TrainingError:
+    return TrainingError(
+        f"the model's logits are not finite while generating, for {bad} of {len(ids)} rows.\n"
+        f"rows of the batch: {first_of(ids)}\n"
+        "If the model has just been trained, try a lower optim.lr. If not, its weights are damaged, or too large for "
+        "their type (try float32) or for a temperature near 0.",
+        rows=ids,
+    )
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def head_of(model: Any) -> HeadReader:
     unembedding = model.get_output_embeddings()
     if not _plain(unembedding):
         return _own_logits(model, f"its output layer is {type(unembedding).__name__}, not a plain linear one")
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), eval_mode(model):
         seen = _observations(model, unembedding)
     for scale in _scales(model.config):
         for softcap in _softcaps(model.config):
@@ -172,8 +172,8 @@ def _before(module: nn.Module, hook: Any) -> Generator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    """Eval mode throughout, each module's own mode afterwards."""
+def eval_mode(model: nn.Module) -> Generator[None]:
+    """``model`` in eval mode inside, every module's own mode restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,5 +1,6 @@
 """The methods. Each is a source of rows and a loss on them, and nothing else."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import schedules, sources
@@ -15,6 +16,7 @@ class Context:
     generate: Generate
     buffer: ReplayBuffer
     seed: int
+    end_ids: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def distillm(
         probability=schedules.adaptive(initial_probability, increment, tolerance, reference),
         replay_ratio=REPLAY_RATIO[replay_ratio],
         seed=context.seed,
+        end_ids=context.end_ids,
         fill_first=fill_first,
         train_on_fresh=train_on_fresh,
     )

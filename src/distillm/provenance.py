@@ -25,10 +25,14 @@ def provenance(models: dict[str, PreTrainedModel | None], device: torch.device, 
         "command": command or " ".join(["python", *sys.argv]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
-        "device": str(device),
+        "device": _named(device),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "models": {name: _facts(model) for name, model in models.items() if model is not None},
     }
+
+
+def _named(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:

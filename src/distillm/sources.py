@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .generation import truncated
 from .schedules import Schedule
 from .types import Example, State
 
@@ -75,6 +76,7 @@ def off_policy(
     probability: Schedule,
     replay_ratio: Schedule,
     seed: int,
+    end_ids: Sequence[int],
     fill_first: bool = False,
     train_on_fresh: bool = False,
 ) -> Source:
@@ -83,30 +85,34 @@ def off_policy(
     One ``u ~ U(0, 1)`` decides both: with ``u < probability * replay_ratio`` the current student answers the step's
     prompts into the buffer; with ``u < probability`` the step trains on a sample of the buffer (arXiv:2402.03898,
     algorithm 1). A buffer with less than a batch is filled first. ``fill_first`` generates until it is full and
-    ``train_on_fresh`` trains on the new rows themselves, as the authors' code does.
+    ``train_on_fresh`` trains on the new rows themselves, as the authors' code does. Where a step
+    generates, ``truncated`` counts the rows just written that were cut by length: none of ``end_ids`` ends them.
     """
 
     def source(state: State) -> Draw:
         rng = keyed(seed, "replay", state.step)
         u, phi, ratio = rng.random(), probability(state), replay_ratio(state)
         drawn = data(state)
+        cut: dict[str, float | None] = {}
         if u < phi:
             size = len(drawn.rows)
             wanted = u < phi * ratio or (fill_first and not buffer.full)
             generated = generate(drawn.rows, state) if wanted or len(buffer) < size else []
+            if generated:
+                cut = {"truncated": sum(truncated(row, end_ids) for row in generated)}
             buffer.rows.extend(generated)
             if generated and train_on_fresh:
                 drawn = Draw(generated, "generated")
             else:
                 rows = rng.sample(list(buffer.rows), min(size, len(buffer)))
                 drawn = Draw(rows, "generated" if generated else "replayed")
-        figures = {
+        figures: dict[str, float | None] = {
             "probability": phi,
             "replay_ratio": ratio,
             "buffer": len(buffer),
             "buffer_age": buffer.age(state.step),
         }
-        return Draw(drawn.rows, drawn.batch, figures)
+        return Draw(drawn.rows, drawn.batch, figures | cut)
 
     return source
 

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .errors import DataError, TrainingError
-from .generation import eval_mode
+from .errors import DataError, TrainingError, first_of
+from .heads import eval_mode
 from .kernels import linear_cross_entropy, linear_divergence
 from .methods import Method
 from .schedules import Schedule
@@ -70,7 +70,8 @@ def training_steps(
             with accelerator.autocast():
                 scored = pair.score(micro, state, with_teacher=any(term.reads_teacher for term, _ in here))
                 totals = [(term, share, term.total(scored.only(term.origins))) for term, share in here]
-            accelerator.backward(torch.stack([share * total for _, share, total in totals]).sum())
+            # Not accelerator.backward, which divides once more where the environment asks it to accumulate.
+            torch.stack([share * total for _, share, total in totals]).sum().backward()
             for term, _, total in totals:
                 sums[term.name] = sums.get(term.name, 0) + total.detach()
         counts = {term.name: count for term, _, count in active}
@@ -111,11 +112,12 @@ def _update(
     if wrong:
         optimizer.zero_grad()
         shown = ", ".join(f"{name} = {figures[name]}" for name in wrong)
-        ids = ", ".join(row.id for row in drawn.rows[:16]) + (", ..." if len(drawn.rows) > 16 else "")
+        ids = [row.id for row in drawn.rows]
         raise TrainingError(
             f"step {state.step + 1}: {shown}. The weights were not changed by this step.\n"
-            f"rows of the batch: {ids}\n"
-            "Try a lower optim.lr, look at these rows, or train in float32."
+            f"rows of the batch: {first_of(ids)}\n"
+            "Try a lower optim.lr, look at these rows, or train in float32.",
+            rows=ids,
         )
     for group in optimizer.param_groups:
         group["lr"] = rate
