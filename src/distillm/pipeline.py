@@ -20,7 +20,6 @@ from .errors import Interrupted, TrainingError
 from .evaluation import rouge_l
 from .evaluation.run import decode
 from .folder import RunFolder
-from .generation import truncated
 from .project import Project, build, save_student, steps, unless_stopped
 from .provenance import provenance
 from .report import write_report
@@ -53,10 +52,12 @@ def distill(run: Run, display: Display | None = None, command: str | None = None
             if project.state.step < project.state.total_steps:
                 folder.forget_eval(system="student")
                 _train(project)
+            _finish(project)
         except TrainingError as error:
-            _event(project, "failed", str(error))
-            raise TrainingError(f"{error}\nIn {folder.path}, {_last_good(project)}.") from error
-        _finish(project)
+            _event(project, "failed", str(error), rows=error.rows)
+            state = project.state
+            where = f"In {folder.path}, after step {state.step} of {state.total_steps}: {_last_good(project)}."
+            raise TrainingError(f"{error}\n{where}", error.rows) from error
     return folder.path
 
 
@@ -64,9 +65,9 @@ def _begin(project: Project, command: str | None) -> None:
     project.folder.forget_after(-1)
     _changes(project)  # a start that was killed before its first checkpoint may have left scores
     _describe(project, command)
+    _validation(project)  # first, because it finds damaged weights
     if "before" in project.run.evaluation.compare:
         _score_tests(project, project.models.student, "before")
-    _validation(project)
 
 
 def _describe(project: Project, command: str | None) -> None:
@@ -108,24 +109,23 @@ def _last_good(project: Project) -> str:
 
 
 def _log_step(project: Project, step: Step) -> None:
-    entry: dict[str, Any] = {"kind": "step", "step": step.step, "loss": step.loss, "terms": step.terms}
-    entry |= {"counts": step.counts, "lr": step.lr, "grad_norm": step.grad_norm, "seconds": round(step.seconds, 4)}
+    loss, grad_norm = (None, None) if step.skipped else (step.loss, step.grad_norm)
+    entry: dict[str, Any] = {"kind": "step", "step": step.step, "loss": loss, "terms": step.terms}
+    entry |= {"counts": step.counts, "lr": step.lr, "grad_norm": grad_norm, "seconds": round(step.seconds, 4)}
     entry |= {"tokens": step.tokens, "batch": step.batch, **step.figures}
-    if step.batch == "generated":
-        ends = project.models.end_ids
-        entry["truncated"] = sum(truncated(row, ends) for row in step.rows if row.origin == "student")
     project.folder.append(METRICS, entry)
     if step.skipped:
         _event(project, "skipped", f"no row of the batch had a target token ({len(step.rows)} rows)")
     if project.run.tracker != "none":
-        numbers = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm, **step.terms, **step.figures}
+        numbers = {"loss": loss, "lr": step.lr, "grad_norm": grad_norm, **step.terms, **step.figures}
         project.accelerator.log({k: v for k, v in numbers.items() if v is not None}, step=step.step)
 
 
 def _words(step: Step) -> str:
     phi, buffer = step.figures.get("probability"), step.figures.get("buffer")
     adaptive = "" if phi is None else f"  {step.batch}  p {phi:.1f}  buffer {buffer}"
-    return f"loss {step.loss:.3f}  {step.tokens / step.seconds:.0f} tok/s{adaptive}"
+    loss = "skipped" if step.skipped else f"loss {step.loss:.3f}"
+    return f"{loss}  {step.tokens / step.seconds:.0f} tok/s{adaptive}"
 
 
 def _validation(project: Project) -> None:
@@ -281,8 +281,9 @@ def _score_tests(project: Project, model: PreTrainedModel, system: str) -> None:
         project.folder.write_eval(file, {"data": name, "system": system, "model": origin} | result)
 
 
-def _event(project: Project, event: str, message: str) -> None:
-    project.folder.append(METRICS, {"kind": "event", "step": project.state.step, "event": event, "message": message})
+def _event(project: Project, event: str, message: str, **more: Any) -> None:
+    entry = {"kind": "event", "step": project.state.step, "event": event, "message": message, **more}
+    project.folder.append(METRICS, entry)
 
 
 @contextmanager
