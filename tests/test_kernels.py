@@ -85,7 +85,9 @@ def assert_matches_eager(loss: Callable[..., tuple[Tensor, Tensor]], student: He
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("divergence", [*DIVERGENCES, DIVERGENCES["skew_kl"], jeffreys_half], ids=lambda d: getattr(d, "__name__", d))
+@pytest.mark.parametrize(
+    "divergence", [*DIVERGENCES, DIVERGENCES["skew_kl"], jeffreys_half], ids=lambda d: getattr(d, "__name__", d)
+)
 def test_chunked_is_eager(divergence: str | Divergence, sizes: tuple[int, int, int], head: dict[str, Any]) -> None:
     num_rows, num_tokens, width = sizes
     teacher = make_head(1, (num_rows, num_tokens, width + 2), bias=True, softcap=9.0)

@@ -35,7 +35,8 @@ def spelled(tokens: list[int]) -> str:
 
 
 def responses(path: Path, write: Callable[[Sequence[Example]], list[Example]], **changes: object) -> Responses:
-    options: dict[str, object] = {"teacher": "models/big", "sampling": SAMPLING, "decode": spelled, "portion": 2}
+    options: dict[str, object] = {"teacher": "models/big", "weights": "abc", "sampling": SAMPLING}
+    options |= {"decode": spelled, "portion": 2}
     return Responses(path, write=write, **options | changes)  # pyright: ignore[reportArgumentType]
 
 
@@ -105,11 +106,12 @@ def test_an_empty_file_is_begun(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "shown"),
     [
-        ({"teacher": "models/other"}, "models/other"),
+        ({"teacher": "models/other", "weights": "def"}, "models/other (def)"),
+        ({"weights": "def"}, "models/big (def)"),
         ({"sampling": replace(SAMPLING, temperature=1.0)}, "'temperature': 1.0"),
         ({"sampling": replace(SAMPLING, max_new_tokens=9)}, "'max_new_tokens': 9"),
     ],
-    ids=["teacher", "temperature", "length"],
+    ids=["teacher", "weights", "temperature", "length"],
 )
 def test_the_responses_of_another_teacher_or_decoding_are_refused(
     path: Path, change: dict[str, object], shown: str
@@ -123,6 +125,16 @@ def test_the_responses_of_another_teacher_or_decoding_are_refused(
     assert shown in str(raised.value)
     assert "data.responses_file" in str(raised.value)
     assert path.read_bytes() == kept
+
+
+def test_sampled_responses_are_of_a_seed_and_the_same_weights_may_lie_elsewhere(path: Path) -> None:
+    sampled = {"sampling": replace(SAMPLING, temperature=1.0)}
+    responses(path, Teacher(), **sampled, seed=1)(ROWS)
+    again = Teacher()
+    assert responses(path, again, **sampled, seed=1, teacher="copies/big")(ROWS) == ANSWERS
+    assert again.asked == []
+    with pytest.raises(DataError, match="seed 1"):
+        responses(path, Teacher(), **sampled, seed=2)
 
 
 @pytest.mark.parametrize(

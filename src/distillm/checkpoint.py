@@ -43,7 +43,11 @@ def remove(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete the scratch that killed processes left in ``folder``."""
+    """Delete the scratch of killed processes in ``folder``; what was set aside goes back if nothing took its place."""
+    for path in folder.glob(".*.old"):
+        target = path.with_name(path.name[1:].rsplit(".", 2)[0])
+        if not target.exists():
+            os.replace(path, target)
     for path in [*folder.glob(".*.partial"), *folder.glob(".*.old")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -57,20 +61,22 @@ def written_aside(target: Path) -> Generator[Path]:
     """
     scratch = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
         scratch.mkdir(parents=True)
         yield scratch
         for path in scratch.rglob("*"):
             _flush(path)
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
         if target.exists():
             os.replace(target, old)
         os.replace(scratch, target)
         _flush(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"could not write {target}: {error}. Nothing that was saved before is lost.") from error
     finally:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(scratch, ignore_errors=True)
 
 

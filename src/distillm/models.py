@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import re
@@ -281,6 +282,16 @@ def _quiet(source: Path, gguf_file: str | None) -> Generator[None]:
             after.callback(setattr, reader, "tqdm", reader.tqdm)
             reader.tqdm = partial(reader.tqdm, disable=True)
         yield
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short name of ``model``'s weights: 64 values of each tensor, with its name and shape, hashed."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        places = torch.linspace(0, max(flat.numel() - 1, 0), min(64, flat.numel())).long().to(flat.device)
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{flat[places].double().tolist()}".encode())
+    return digest.hexdigest()[:16]
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

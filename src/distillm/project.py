@@ -1,5 +1,6 @@
 """The objects of a run, ready for ``training_steps``."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,14 +12,16 @@ from accelerate import Accelerator
 
 from . import assembly, schedules
 from .assembly import Models
+from .assess import answers, measure
 from .checkpoint import written_aside
 from .config import Distillm, Run, as_yaml
 from .display import Display
-from .errors import Interrupted
+from .errors import Interrupted, TrainingError
+from .evaluation import rouge_l
 from .folder import RunFolder
 from .generation import generate
 from .methods import Method
-from .models import save_model
+from .models import fingerprint, save_model
 from .rows import Rows, answered, load_rows, read_data
 from .sources import ReplayBuffer, steps_per_epoch
 from .teacher import Responses
@@ -96,7 +99,50 @@ def build(
 
 
 def steps(project: Project) -> Iterator[Step]:
-    """The training steps of ``project``, from where its state stands."""
+    """The training steps of ``project``, from where its state stands, with a validation wherever the run has one.
+
+    Validation moves DistiLLM's probability; its history is ``project.state.validation``.
+    """
+    if not project.state.validation:
+        validated(project)
+    for step in training(project):
+        yield step
+        if step.step % project.every == 0:
+            validated(project)
+
+
+def validated(project: Project) -> dict[str, float]:
+    """The figures of the student on the validation rows; what the method monitors joins the history that it reads.
+
+    Raises:
+        TrainingError: the cross-entropy is not finite.
+    """
+    run, models, state = project.run, project.models, project.state
+    examples = project.validation.examples
+    figures = measure(run, models, examples)
+    if not math.isfinite(figures["cross_entropy"]):
+        raise TrainingError(
+            f"step {state.step}: the cross-entropy on the validation rows is {figures['cross_entropy']}.\n"
+            + ("Try a lower optim.lr, or train in float32." if state.step else "The student's weights are damaged.")
+        )
+    trigger = run.method.trigger if isinstance(run.method, Distillm) else "validation_loss"
+    if "rouge_l" in (run.validation.select, trigger):
+        rows = examples[: run.validation.rouge_rows]
+        texts = answers(run, models, models.student, rows)
+        scores = rouge_l(texts, [project.validation.references[e.id] for e in rows])
+        figures["rouge_l"] = sum(scores) / len(scores)
+    # Every monitored value is one that falls as the student gets better.
+    monitored = {
+        "validation_loss": figures["cross_entropy"],
+        "validation_divergence": figures.get("divergence", math.nan),
+        "rouge_l": -figures.get("rouge_l", math.nan),
+    }[trigger]
+    state.validation.append(monitored)
+    return figures | {"monitored": monitored}
+
+
+def training(project: Project) -> Iterator[Step]:
+    """The training steps alone: whoever asks for them validates."""
     run = project.run
     return training_steps(
         project.models.pair,
@@ -144,7 +190,10 @@ def _responses(run: Run, models: Models, folder: RunFolder, display: Display, st
         return cast(str, models.tokenizer.decode(tokens, skip_special_tokens=True))
 
     teacher = run.teacher.path if run.teacher is not None else ""
-    return Responses(path, str(teacher), sampling, write, text, portion=8 * run.generation.batch_size, seed=run.seed)
+    weights = fingerprint(models.teacher) if models.teacher is not None else ""
+    return Responses(
+        path, str(teacher), weights, sampling, write, text, portion=8 * run.generation.batch_size, seed=run.seed
+    )
 
 
 def unless_stopped(stop: threading.Event, advance: Callable[..., None]) -> Callable[[int], None]:

@@ -18,8 +18,9 @@ Write = Callable[[Sequence[Example]], list[Example]]
 class Responses:
     """Answers prompts from ``path``, a JSON Lines file, and has those that are not in it written and added.
 
-    The first line says who wrote the file and how; each other one is a prompt's digest, the response as text, and its
-    tokens. Rows are added in portions, so that interrupted work goes on where it stopped.
+    The first line says who wrote the file and how (``weights`` is ``models.fingerprint`` of the teacher); each other
+    one is a prompt's digest, the response as text, and its tokens. Rows are added in portions, so that interrupted work
+    goes on where it stopped.
 
     Raises:
         DataError: the file is of another teacher, or of other decoding settings.
@@ -29,6 +30,7 @@ class Responses:
         self,
         path: Path,
         teacher: str,
+        weights: str,
         sampling: Sampling,
         write: Write,
         decode: Callable[[list[int]], str],
@@ -36,7 +38,7 @@ class Responses:
         seed: int = 0,
     ):
         self.path, self.write, self.decode, self.portion = path, write, decode, portion
-        self.header: dict[str, Any] = {"teacher": teacher, "decoding": asdict(sampling)}
+        self.header: dict[str, Any] = {"teacher": teacher, "weights": weights, "decoding": asdict(sampling)}
         if sampling.temperature > 0:
             self.header["seed"] = seed
         self.known = self._read()
@@ -71,7 +73,7 @@ class Responses:
                 raise ValueError("its first line is another one")
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.path} is not a file of responses ({error}); delete it to write it anew") from error
-        if entries and entries[0] != self.header:
+        if entries and not _same(entries[0], self.header):
             raise DataError(
                 f"{self.path} holds responses of {_shown(entries[0])}, not of {_shown(self.header)}; "
                 "delete it, or choose another file by data.responses_file"
@@ -94,10 +96,18 @@ class Responses:
             raise StorageError(f"could not write {self.path}: {error}") from error
 
 
+def _same(found: Any, wanted: dict[str, Any]) -> bool:
+    # The teacher's path is for the reader: the same weights may lie elsewhere, and others may have taken their place.
+    return isinstance(found, dict) and found | {"teacher": ""} == wanted | {"teacher": ""}
+
+
 def _digest(prompt: Example) -> str:
     context = prompt.prompt if prompt.teacher_context is None else prompt.teacher_context
     return hashlib.sha256(json.dumps(context).encode()).hexdigest()[:24]
 
 
 def _shown(header: Any) -> str:
-    return f"{header.get('teacher')} with {header.get('decoding')}" if isinstance(header, dict) else "an unknown origin"
+    if not isinstance(header, dict):
+        return "an unknown origin"
+    seed = f", seed {header['seed']}" if "seed" in header else ""
+    return f"{header.get('teacher')} ({header.get('weights')}) with {header.get('decoding')}{seed}"

