@@ -245,11 +245,18 @@ def test_a_failed_replacement_of_a_file_leaves_the_old_one(tmp_path: Path):
 
 
 def test_sweeping_removes_scratch_and_nothing_else(tmp_path: Path):
-    for name in (".step-00000002.7.partial", ".student.7.old", "step-00000002", ".git"):
+    for name in (".step-00000002.7.partial", ".step-00000002.7.old", "step-00000002", ".git"):
         (tmp_path / name).mkdir()
     (tmp_path / ".run.yaml.7.partial").write_text("half")
     sweep(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".git", "step-00000002"]
+
+
+def test_sweeping_puts_back_what_was_set_aside_when_nothing_took_its_place(tmp_path: Path):
+    (tmp_path / ".student.7.old").mkdir()
+    (tmp_path / ".student.7.old" / "model.safetensors").write_text("mine")
+    sweep(tmp_path)
+    assert (tmp_path / "student" / "model.safetensors").read_text() == "mine"
 
 
 @pytest.fixture(name="small_disk", params=["a full disk", "a file size limit"])
