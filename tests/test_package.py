@@ -46,16 +46,28 @@ def wheel(built: Path) -> Path:
     return wheel
 
 
-@pytest.fixture(scope="module")
-def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh environment with distillm from the wheel and, so that nothing is downloaded, our third-party packages."""
+@pytest.fixture(scope="module", params=["*.whl", "*.tar.gz"], ids=["wheel", "sdist"])
+def python(request: pytest.FixtureRequest, built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh environment with distillm from what was built and, so that nothing is downloaded, our other packages."""
+    (package,) = built.glob(request.param)
     home = tmp_path_factory.mktemp("environment")
     venv.create(home, with_pip=False, symlinks=True)
     python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=home).strip())
-    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index")
-    run(*pip, "--disable-pip-version-check", wheel, cwd=home)
     (site / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+    )
+    # The parent's own installation is visible from there, and must not count as the one that is asked for.
+    run(*pip, "--disable-pip-version-check", "--ignore-installed", package, cwd=home)
     return python
 
 
@@ -116,3 +128,13 @@ def test_the_installed_package_writes_a_report(python: Path, tmp_path: Path):
     (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "step", "step": 1, "loss": 2.0}\n')
     run(python.with_name("distillm"), "report", "run", cwd=tmp_path)
     assert "</html>" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_all_that_it_needs(wheel: Path, tmp_path: Path):
+    """Nothing comes from the parent here: pip installs the requirements that the wheel declares."""
+    venv.create(tmp_path / "alone", with_pip=True)
+    python = tmp_path / "alone" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    run(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel, cwd=tmp_path)
+    code = "import distillm; [getattr(distillm, name) for name in dir(distillm)]; import distillm.cli, distillm.demo"
+    run(python, "-c", code, cwd=tmp_path)
