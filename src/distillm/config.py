@@ -245,7 +245,9 @@ class Train(Section):
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True), Number] = 1.0
     """Gradients are clipped to this norm; .inf leaves them as they are."""
     mixed_precision: Literal["none", "bf16"] = "none"
-    """Compute forward passes in a shorter type."""
+    """bf16: the forward and backward passes of training, the teacher's too, compute in bfloat16. Weights, gradients of
+    weights, the optimizer and what follows the logits stay as they are. Generation, validation and scoring compute in
+    the type of the weights: they measure the student that is saved."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
 
