@@ -147,6 +147,8 @@ def _loss(run: RunFolder, chart_id: str, max_points: int) -> Chart | None:
         series.append(_line(f"mean of the last {window} steps", "accent", smooth, max_points))
     else:
         series = [_line("each step", "accent", points, max_points)]
+    if len(points) <= max_points:
+        series[0] = _broken(series[0], [step["step"] for step in run.steps if number_in(step, "loss") is None])
     return Chart(chart_id, "Training loss", _story([("loss", smooth)]), "loss", series)
 
 
@@ -249,6 +251,12 @@ def _points(records: Sequence[Record], key: str) -> Points:
 def _line(name: str, look: str, points: Points, max_points: int) -> Series:
     thin = _thin(points, max_points)
     return Series(name, look, [x for x, _ in thin], [float(f"{y:.6g}") for _, y in thin])
+
+
+def _broken(series: Series, missing: Sequence[float]) -> Series:
+    """``series`` with a gap at each of ``missing``, so that nothing is drawn where nothing was measured."""
+    points = sorted([*zip(series.x, series.y, strict=True), *((x, None) for x in missing)], key=lambda point: point[0])
+    return replace(series, x=[x for x, _ in points], y=[y for _, y in points])
 
 
 def _thin(points: Points, max_points: int) -> Points:

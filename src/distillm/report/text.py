@@ -125,7 +125,9 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
     rows.append(("Data", _settings({key: data[key] for key in DATA_FACTS if key in data})))
     planned = number_in(mapping(run.config, "train"), "steps")
     if run.last_step is not None:
-        rows.append(("Steps", f"{run.last_step} of {planned:.0f}" if planned else str(run.last_step)))
+        skipped = len({event["step"] for event in run.events if event.get("event") == "skipped"})
+        said = f"{run.last_step} of {planned:.0f}" if planned else str(run.last_step)
+        rows.append(("Steps", f"{said}, of which {skipped} skipped (no target token)" if skipped else said))
     tokens = [number_in(step, "tokens") for step in run.steps]
     seconds = run.seconds
     if seconds:
