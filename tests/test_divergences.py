@@ -150,5 +150,7 @@ def test_weights_out_of_range_are_refused(name: str) -> None:
     for weight in (-0.1, 1.5, math.nan):
         with pytest.raises(ValueError, match=rf"{WEIGHT_OF[name]} is {weight}; give a number from 0 to 1"):
             call(name, p, q, weight)
+        with pytest.raises(ValueError, match=rf"{WEIGHT_OF[name]} holds .*; give numbers from 0 to 1"):
+            call(name, p, q, torch.tensor([[0.5], [weight]]))
     with pytest.raises(ValueError, match=r"has shape \(2,\); give one per row"):
         call(name, p, q, torch.tensor([0.1, 0.2]))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from distillm.checkpoint import list_checkpoints, step_of
 from distillm.config import load_run, make_run
 from distillm.errors import ConfigError
 from distillm.pipeline import distill
+from distillm.provenance import provenance
+from distillm.sources import Draw, Source, dataset
+from distillm.types import State
 from tiny_run import (
     Heard,
     assert_same_run,
@@ -219,6 +223,47 @@ def test_bfloat16_and_gradient_checkpointing_train(made: Path, tmp_path: Path):
     assert first == pytest.approx(lines(plain / "metrics.jsonl", "step")[0]["loss"], rel=0.02)
     assert {tensor.dtype for tensor in weights(short).values()} == {torch.float32}
     assert not same_weights(weights(short), weights(plain))
+    # What measures the student computes in the type of its weights.
+    for name, kind in (("metrics.jsonl", "validation"), ("samples.jsonl", None)):
+        before = [[e for e in lines(run / name, kind) if e["step"] == 0] for run in (short, plain)]
+        assert before[0] == before[1] != []
+    assert scores(short)["numbers-before.json"] == scores(plain)["numbers-before.json"]
+
+
+def test_bfloat16_on_a_device_without_it_is_refused(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def accelerator(**options: Any) -> Any:
+        raise ValueError(f"{options['mixed_precision']} requires a supported device")  # as accelerate does
+
+    monkeypatch.setattr("distillm.assembly.Accelerator", accelerator)
+    with pytest.raises(ConfigError, match=r"train.mixed_precision=bf16, .* does not have .*; use .*=none"):
+        distill(tiny_run(made, tmp_path / "run", {"train.mixed_precision": "bf16"}))
+    with pytest.raises(ValueError, match="no requires"):  # what is not about the precision stays what it is
+        distill(tiny_run(made, tmp_path / "run"))
+
+
+def test_a_gpu_is_recorded_by_its_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"Model {device.index}")
+    assert provenance({}, torch.device("cuda", 1), "me")["device"] == "cuda:1 (Model 1)"
+    assert provenance({}, torch.device("cpu"), "me")["device"] == "cpu"
+
+
+def test_a_skipped_step_has_no_loss(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def sometimes_bare(*arguments: Any) -> Source:
+        source = dataset(*arguments)
+
+        def rows(state: State) -> Draw:
+            drawn = source(state).rows
+            return Draw([replace(r, targets=[False] * len(r.tokens)) for r in drawn] if state.step == 1 else drawn)
+
+        return rows
+
+    monkeypatch.setattr("distillm.sources.dataset", sometimes_bare)
+    changes = METHODS["sft"] | {"train.steps": 3, "tracker": "tensorboard"}
+    folder = distill(tiny_run(made, tmp_path / "run", changes))
+    steps = lines(folder / "metrics.jsonl", "step")
+    assert [(entry["loss"] is None, entry["grad_norm"] is None) for entry in steps] == [(i == 1,) * 2 for i in range(3)]
+    assert [entry["step"] for entry in events(folder, "skipped")] == [2]
+    assert "3 of 3, of which 1 skipped" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_tensorboard_gets_the_figures_and_goes_with_the_run(made: Path, tmp_path: Path):

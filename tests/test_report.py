@@ -235,7 +235,7 @@ def test_facts_command_and_configuration(whole: Path, page: Page):
     seconds = sum(row["seconds"] for row in steps)
     assert facts["Time"].startswith(f"{int(seconds // 60)} min")
     assert f"{seconds / len(steps):.3g} s a step" in facts["Time"]
-    assert facts["Steps"] == "120 of 120"
+    assert facts["Steps"] == "120 of 120, of which 1 skipped (no target token)"
     assert facts["Compression"] == "2.71 to 1 (36.8 % of the parameters)"
     assert "134,515,008" in facts["Teacher"]
     assert facts["Method"] == "distillm, divergence=skew_kl, alpha=0.1, replay.capacity=64"

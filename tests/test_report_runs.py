@@ -87,6 +87,22 @@ def test_steps_repeated_after_a_resume_count_once_and_the_last_holds(tmp_path: P
     assert [step["loss"] for step in steps[-3:]] == [9.0, 10.0, 11.0]
 
 
+def test_a_skipped_step_is_a_gap_and_is_counted(tmp_path: Path):
+    for num_steps in (6, 20):  # without and with a smoothed curve
+        run = fabricate(tmp_path / str(num_steps), num_steps=num_steps, every=5)
+        steps = records(run / "metrics.jsonl", "step")
+        skipped = [4, 5]
+        entries = [{**step, **({"loss": None, "terms": {}} if step["step"] in skipped else {})} for step in steps]
+        events = [{"kind": "event", "step": step, "event": "skipped", "message": ""} for step in (4, 5, 5)]
+        write_lines(run / "metrics.jsonl", entries + events)
+        page = report(run)
+        drawn = page.charts["run-1-loss"]["series"]
+        assert drawn[0]["x"] == [step["step"] for step in steps]
+        assert [x for x, y in zip(drawn[0]["x"], drawn[0]["y"], strict=True) if y is None] == skipped
+        assert all(y is not None for line in drawn[1:] for y in line["y"])
+        assert f"{num_steps} of 120, of which 2 skipped (no target token)" in page.all("td")
+
+
 def test_interruption_is_told_until_the_run_goes_on(tmp_path: Path):
     run = fabricate(tmp_path / "run", num_steps=10, every=5)
     with (run / "metrics.jsonl").open("a") as file:

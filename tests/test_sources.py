@@ -183,6 +183,18 @@ def test_no_student_rows_are_written_while_the_probability_is_zero() -> None:
     assert written(draws) == 0
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_truncated_counts_the_rows_just_written_whatever_is_then_trained_on(fresh: bool) -> None:
+    """A row of ``numbered`` ends with its place in the batch, and here two places are end tokens."""
+    source = replaying(ReplayBuffer(40), 0.8, 0.5, train_on_fresh=fresh, end_ids=[0, 3])
+    draws = run(source, 80)
+    assert {d.batch for d in draws} == {"dataset", "generated", "replayed"}
+    for drawn in draws:
+        cut = sum(place not in (0, 3) for place in range(len(drawn.rows)))
+        assert drawn.figures.get("truncated") == (cut if drawn.batch == "generated" else None)
+        assert ("truncated" in drawn.figures) == (drawn.batch == "generated")
+
+
 def test_beside_adds_the_other_rows_and_keeps_the_figures() -> None:
     text = [text_row(i, 5) for i in range(3)]
     both = beside(replaying(ReplayBuffer(8), 1.0), dataset(text, 2, 1))

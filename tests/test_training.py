@@ -220,6 +220,15 @@ def test_bfloat16_passes_give_nearly_the_same_step_with_float32_gradients(kind: 
     assert float(torch.cosine_similarity(a, b, dim=0)) > 0.99
 
 
+def test_nothing_in_the_environment_divides_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = tiny_pair()
+    step, wanted = one_step(pair, build("kd", pair))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    again, gradients = one_step(pair, build("kd", pair))
+    assert again.loss == step.loss
+    assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------------ end tokens
 
 

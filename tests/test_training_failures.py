@@ -104,7 +104,12 @@ def test_a_skipped_step_reads_no_model() -> None:
 
 
 def fails_at_step_three(pair: Any, method: Method, poison: Any) -> str:
-    """Two good steps, then ``poison``; the message of the third, after a check that nothing moved."""
+    """What ``failure_at_step_three`` says."""
+    return str(failure_at_step_three(pair, method, poison))
+
+
+def failure_at_step_three(pair: Any, method: Method, poison: Any) -> TrainingError:
+    """Two good steps, then ``poison``; the error of the third, after a check that nothing moved."""
     optimizer, state = adamw(pair), State(total_steps=9)
     steps = steps_of(pair, method, optimizer, state, 0.01)
     assert [next(steps).skipped for _ in range(2)] == [False, False]
@@ -115,7 +120,7 @@ def fails_at_step_three(pair: Any, method: Method, poison: Any) -> str:
     assert snapshot(pair, optimizer) == before
     assert state.step == 2
     assert all(p.grad is None or not bool(p.grad.any()) for p in pair.student.parameters())
-    return str(raised.value)
+    return raised.value
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -160,7 +165,7 @@ def test_a_gradient_that_is_not_finite_stops_although_the_loss_is() -> None:
     assert "cross_entropy" not in said.splitlines()[0]
 
 
-def test_of_a_large_batch_the_first_rows_are_named() -> None:
+def test_of_a_large_batch_the_message_names_the_first_rows_and_the_error_holds_all() -> None:
     pair = tiny_pair(dtype=torch.float32)
     rows = [row(i) for i in range(20)]
 
@@ -168,9 +173,10 @@ def test_of_a_large_batch_the_first_rows_are_named() -> None:
         with torch.no_grad():
             pair.student.get_parameter("model.norm.weight").fill_(float("nan"))
 
-    said = fails_at_step_three(pair, METHODS["sft"](context(fixed(rows))), poison)
-    assert "row:15, ..." in said
-    assert "row:16" not in said
+    error = failure_at_step_three(pair, METHODS["sft"](context(fixed(rows))), poison)
+    assert "row:15, ..." in str(error)
+    assert "row:16" not in str(error)
+    assert error.rows == [r.id for r in rows]
 
 
 @pytest.mark.parametrize("rows", [[], prompts(3, 4)], ids=["no_rows", "no_targets"])

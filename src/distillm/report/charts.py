@@ -254,8 +254,9 @@ def _line(name: str, look: str, points: Points, max_points: int) -> Series:
 
 
 def _broken(series: Series, missing: Sequence[float]) -> Series:
-    """``series`` with a gap at each of ``missing``, so that nothing is drawn where nothing was measured."""
-    points = sorted([*zip(series.x, series.y, strict=True), *((x, None) for x in missing)], key=lambda point: point[0])
+    """``series`` with a gap at each of ``missing`` within it: nothing is drawn where nothing was measured."""
+    gaps = [(x, None) for x in missing if series.x[0] < x < series.x[-1]]
+    points = sorted([*zip(series.x, series.y, strict=True), *gaps], key=lambda point: point[0])
     return replace(series, x=[x for x, _ in points], y=[y for _, y in points])
 
 
