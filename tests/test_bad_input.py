@@ -362,7 +362,9 @@ def test_predictions_that_cannot_be_scored_are_named(made: Path):
 def test_rows_without_a_reference_cannot_be_scored(made: Path):
     write_rows(made / "bare.jsonl", rows(2, output=False))
     data = ("--data", made / "bare.jsonl", "--template", "{{ instruction }}")
-    assert "bare:0 has no reference to score against" in refused("eval", made / "student", *data)
+    message = refused("eval", made / "student", *data)
+    assert "bare:0 has no reference to score against: no field 'output'" in message
+    assert f"distillm generate MODEL --file {made / 'bare.jsonl'}" in message
 
 
 def test_an_unfinished_run_says_how_to_go_on(made: Path):
@@ -395,4 +397,6 @@ def test_too_little_memory_names_the_setting_that_helps(made: Path, monkeypatch:
         raise torch.OutOfMemoryError("tried to allocate a lot")
 
     monkeypatch.setattr("distillm.pipeline.distill", full)
-    assert "out of memory. Lower train.micro_batch_size" in refused("train", made / "run.yaml")
+    message = refused("train", made / "run.yaml")
+    for setting in ("train.micro_batch_size", "generation.batch_size", "evaluation.batch_size"):
+        assert setting in message

@@ -125,7 +125,7 @@ def test_help_of_train_shows_commands_to_start_from():
 
 def test_eval_of_a_run_gives_exactly_the_scores_the_run_wrote(made: Path, run: Path, tmp_path: Path):
     output = tmp_path / "scores.json"
-    text = done("eval", run, "--data", made / "test.jsonl", "--output", output)
+    text = done("eval", run, "--data", made / "test.jsonl", "--device", "cpu", "--output", output)
     written = scores(run)["numbers-student.json"]
     again = json.loads(output.read_text())
     for key in ("num_rows", "seeds", "decoding", "scores", "predictions"):
@@ -136,7 +136,8 @@ def test_eval_of_a_run_gives_exactly_the_scores_the_run_wrote(made: Path, run: P
 
 
 def test_eval_of_a_run_does_not_depend_on_its_batch_size(made: Path, run: Path, tmp_path: Path):
-    done("eval", run, "--data", made / "test.jsonl", "--batch-size", 1, "--output", tmp_path / "one.json")
+    cpu = ("--device", "cpu", "--output", tmp_path / "one.json")
+    done("eval", run, "--data", made / "test.jsonl", "--batch-size", 1, *cpu)
     again = json.loads((tmp_path / "one.json").read_text())
     assert again["predictions"] == scores(run)["numbers-student.json"]["predictions"]
 

@@ -78,18 +78,24 @@ def test_any_file_is_a_run_or_a_configuration_error(tmp_path_factory: pytest.Tem
 @settings(deadline=None, max_examples=50, derandomize=True)
 def test_a_run_reads_back_from_its_yaml(tmp_path_factory: pytest.TempPathFactory, method: str, data: st.DataObject):
     texts = st.text(min_size=1, max_size=12)
+    names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,5}", fullmatch=True)
+    sources = texts | st.fixed_dictionaries({"path": texts}, optional={"split": texts, "name": texts | st.none()})
     run = make_run(
         smallest(
             student=data.draw(
                 st.sampled_from([{"path": "s"}, {"layers": 3}, {"layers": [0, 2]}, {"config": {"a": 1}}])
             ),
             data={
-                "train": data.draw(texts),
-                "test": data.draw(st.dictionaries(texts, texts)),
+                "train": data.draw(sources),
+                "test": data.draw(st.dictionaries(names, sources)),
                 "template": "é\n{{ a }}",
             },
             method={"name": method},
-            optim={"lr": data.draw(st.floats(1e-9, 1)), "betas": [data.draw(st.floats(0, 0.999)), 0.5]},
+            optim={
+                "lr": data.draw(st.floats(1e-9, 1)),
+                "final_lr": data.draw(st.none() | st.just(0.0)),
+                "betas": [data.draw(st.floats(0, 0.999)), 0.5],
+            },
             train={"max_grad_norm": data.draw(st.sampled_from([1.0, math.inf]))},
             evaluation={"seeds": data.draw(st.lists(st.integers(), min_size=1))},
             seed=data.draw(st.integers(0, 2**32 - 1)),

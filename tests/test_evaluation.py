@@ -144,7 +144,8 @@ def scored(
     model: Any, tokenizer: Any, examples: list[Example], sampling: Sampling, seeds: list[int], **more: Any
 ) -> Any:
     settings: dict[str, Any] = {"end_ids": END, "num_tokens": len(tokenizer), "batch_size": 3, **more}
-    return evaluate(model, tokenizer, examples, references(examples), sampling, seeds, **settings)
+    prompts = {example.id: f"asked {example.id}" for example in examples}
+    return evaluate(model, tokenizer, examples, references(examples), prompts, sampling, seeds, **settings)
 
 
 def test_every_seed_is_an_answer_of_its_own_and_is_what_generate_gives(
@@ -188,7 +189,7 @@ def test_predictions_stay_in_the_order_of_the_rows_with_their_references(
     assert found["num_rows"] == 4
     for example, row in zip(mixed, found["predictions"], strict=True):
         assert row["id"] == example.id
-        assert row["prompt"] == tokenizer.decode(example.tokens)
+        assert row["prompt"] == f"asked {example.id}"
         assert row["references"] == references(mixed)[example.id]
     alone = scored(model, tokenizer, mixed[1:2], Sampling(max_new_tokens=3), [1])
     assert alone["predictions"][0]["predictions"] == found["predictions"][1]["predictions"]

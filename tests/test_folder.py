@@ -165,18 +165,18 @@ def test_scores_are_forgotten_by_system_by_data_or_all(tmp_path: Path):
         return sorted(p.stem for p in (tmp_path / "eval").iterdir())
 
     def write() -> None:
-        for data in ("a", "b[1]"):
+        for data in ("a", "a-2", "b.1"):
             for system in ("before", "student"):
                 folder.write_eval(f"{data}-{system}", {"data": data})
 
     write()
     assert folder.has_eval("a-student")
     folder.forget_eval(system="student")
-    assert left() == ["a-before", "b[1]-before"]
+    assert left() == ["a-2-before", "a-before", "b.1-before"]
     assert not folder.has_eval("a-student")
     write()
-    folder.forget_eval(data="b[1]")
-    assert left() == ["a-before", "a-student"]
+    folder.forget_eval(data="a")
+    assert left() == ["a-2-before", "a-2-student", "b.1-before", "b.1-student"]
     write()
     folder.forget_eval()
     assert left() == []

@@ -30,6 +30,7 @@ def assess(
         models.tokenizer,
         rows.examples,
         rows.references,
+        rows.prompts,
         make_sampling(run, run.evaluation.temperature),
         seeds,
         end_ids=models.end_ids,
@@ -37,8 +38,6 @@ def assess(
         batch_size=batch_size,
         progress=progress,
     )
-    for entry in result["predictions"]:
-        entry["prompt"] = rows.prompts[entry["id"]]  # as the user wrote it, without the template
     if model is models.student and models.teacher is not None:
         result["scores"]["divergence"] = summary([measure(run, models, rows.examples)["divergence"]])
     return result

@@ -40,6 +40,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 MaxNew = Annotated[
     int | None, typer.Option(min=1, help="Longest response, in tokens; a run's own, or 256, unless given.")
 ]
+Device = Annotated[str | None, typer.Option(help="auto (cuda, then mps, then cpu), cpu, cuda or mps.")]
 Template = Annotated[str | None, typer.Option(help="alpaca, chat, or a Jinja template; a run's own unless given.")]
 
 
@@ -74,7 +75,7 @@ def train(
     Every setting, its default and meaning: `distillm schema`. A file to start from: `distillm recipes show NAME`.
     """
     run = load_run(source, overrides or [])
-    if Path(source).is_dir() and not any(o.startswith("output=") for o in overrides or []):
+    if (Path(source) / "run.yaml").is_file() and not any(o.startswith("output=") for o in overrides or []):
         run = run.model_copy(update={"output": source})
     from .display import Display
     from .pipeline import distill
@@ -101,6 +102,7 @@ def evaluate_command(
     max_new_tokens: MaxNew = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows generated at a time.")] = None,
+    device: Device = None,
     output: Annotated[Path | None, typer.Option(help="Where the scores and predictions go, as JSON.")] = None,
 ) -> None:
     """Score a model, a run, or given predictions: ROUGE-L, exact match, length and, with a teacher, divergence.
@@ -111,7 +113,8 @@ def evaluate_command(
     evaluation |= {"limit": limit, "batch_size": batch_size}
     generation = {"max_new_tokens": max_new_tokens}
     if predictions is not None:
-        if any(given is not None for given in (source, data, teacher, template, max_new_tokens, *evaluation.values())):
+        others = (source, data, teacher, template, max_new_tokens, device, *evaluation.values())
+        if any(given is not None for given in others):
             raise ConfigError("--predictions FILE are texts that are there already: of the other options only --output")
         from .data import read_rows
         from .evaluation import score_predictions
@@ -121,10 +124,12 @@ def evaluate_command(
     elif source is None or data is None:
         raise ConfigError("give a run or model and --data FILE, or --predictions FILE")
     else:
-        settings = _settings_for(source, template)
+        settings = _settings_for(source, template, device)
         settings["data"]["train"] = data
         if output is None and (Path(source) / "run.yaml").is_file():
             output = Path(source) / "eval" / f"{Path(data).stem}-student.json"
+            if output.exists():
+                raise ConfigError(f"{output} holds scores already; give --output FILE (the same one to replace them)")
         _make_folder_of(output)
         if teacher is not None:
             settings["teacher"] = {"path": teacher}
@@ -148,6 +153,7 @@ def generate(
     max_new_tokens: MaxNew = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    device: Device = None,
 ) -> None:
     """Let a model answer prompts."""
     from .commands import respond
@@ -155,7 +161,7 @@ def generate(
 
     if bool(prompts) == bool(file):
         raise ConfigError("give either one or more prompts, or --file FILE")
-    settings = _settings_for(model, template)
+    settings = _settings_for(model, template, device)
     settings["data"] |= {"train": "prompts", "responses": "dataset"}
     settings |= {"teacher": None, "method": {"name": "sft"}, "validation": {}}  # only the student is needed
     decoding = {"evaluation": {"seeds": [seed], "temperature": temperature}}
@@ -256,17 +262,20 @@ def schema() -> None:
 def demo(
     output: Annotated[Path, typer.Option(help="Where the runs and the report go.")] = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="At most two minutes: fewer steps, worse students.")] = False,
-    teacher: Annotated[str | None, typer.Option(help="Another teacher: a folder, GGUF file or hub name.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Another teacher: a folder or a GGUF file.")] = None,
 ) -> None:
-    """Distil a real pretrained teacher into a third of its layers, in minutes, and compare with fine-tuning."""
+    """Distil a real pretrained teacher into 8 of its 30 layers, in minutes, and compare with fine-tuning."""
     from .demo import run_demo
     from .display import Display
 
     run_demo(output, Display(), quick=quick, teacher=teacher)
 
 
-def _settings_for(source: str, template: str | None) -> dict[str, Any]:
-    """The settings of a run folder with its student as it ended, or plain ones for a model."""
+def _settings_for(source: str, template: str | None, device: str | None) -> dict[str, Any]:
+    """The settings of a run folder with its student as it ended, or plain ones for a model.
+
+    The device and the tracker are of the machine that trained, so they are not the run's.
+    """
     folder = Path(source)
     if not (folder / "run.yaml").is_file():
         settings: dict[str, Any] = {"student": {"path": source}, "method": {"name": "sft"}, "data": {}}
@@ -276,6 +285,7 @@ def _settings_for(source: str, template: str | None) -> dict[str, Any]:
         settings = read_yaml(source)
         kept = {name: settings["student"][name] for name in ("dtype", "trust_remote_code")}
         settings["student"] = {"path": str(folder / "student"), **kept}
+    settings |= {"device": device or "auto", "tracker": "none"}
     if template is not None:
         settings["data"]["template"] = template
         if template != "chat":
@@ -364,5 +374,9 @@ def main() -> None:
     except Exception as error:
         if "OutOfMemoryError" not in type(error).__name__:
             raise
-        typer.echo("error: out of memory. Lower train.micro_batch_size (the result stays the same).", err=True)
+        typer.echo(
+            "error: out of memory. Lower train.micro_batch_size, and generation.batch_size and evaluation.batch_size "
+            "(--batch-size of distillm eval) if it ran out while generating; the result stays the same.",
+            err=True,
+        )
         sys.exit(2)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from . import assembly
 from .assess import answers, assess
@@ -13,10 +13,11 @@ from .data import all_texts, read_rows
 from .display import Display
 from .errors import ConfigError, DataError
 from .evaluation import Result
+from .evaluation.run import seeds_used
 from .models import load_model, load_tokenizer, num_parameters, save_model
 from .models import shrink as shrunk
 from .report.text import parameter_count
-from .rows import check_room, task_of, tokenised
+from .rows import check_room, end_of_response, only_asked, task_of, tokenised
 from .vocabulary import train_tokenizer
 
 
@@ -28,17 +29,20 @@ def score(run: Run, data: str) -> Result:
     rows = tokenised(_fitting(run, models), data, read, models, display.note)
     bare = next((row for row, references in rows.references.items() if not references), None)
     if bare is not None:
-        raise DataError(f"{bare} has no reference to score against; give an output, or data.fields")
+        raise DataError(
+            f"{bare} has no reference to score against: no field '{task_of(run.data).fields['output']}'. Add one to "
+            f"every row, or let the model answer without scores: distillm generate MODEL --file {data}"
+        )
     check_room(models, rows.examples, run.generation.max_new_tokens)
-    greedy = assembly.make_sampling(run, run.evaluation.temperature).temperature == 0
-    total = len(rows.examples) * (1 if greedy else len(run.evaluation.seeds))
+    seeds = seeds_used(run.evaluation.seeds, assembly.make_sampling(run, run.evaluation.temperature))
+    total = len(rows.examples) * len(seeds)
     with display.phase(f"score on {Path(data).stem}", total) as advance:
         return assess(
             run,
             models,
             models.student,
             rows,
-            seeds=run.evaluation.seeds,
+            seeds=seeds,
             batch_size=run.evaluation.batch_size,
             progress=lambda done, _: advance(done),
         )
@@ -61,9 +65,7 @@ def respond(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     display = Display()
     models = assembly.load_models(run, assembly.make_accelerator(run), lambda _: None)
     data = _fitting(run, models)
-    task = task_of(data)
-    answer = task.fields["output"]
-    asked = [{name: value for name, value in row.items() if name != answer} for row in rows]
+    task, asked = only_asked(task_of(data), rows)
     there = {name for row in asked for name in row}
     roles = {role: name for role, name in task.fields.items() if role == "instruction" or name in there}
     examples, report = replace(task, fields=roles).examples(
@@ -71,7 +73,7 @@ def respond(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
         models.tokenizer,
         max_prompt=data.max_prompt,
         max_length=data.max_length,
-        end_id=cast(int, models.tokenizer.eos_token_id),
+        end_id=end_of_response(data, models),
         source="prompts",
     )
     if report.cut_prompts or report.dropped:

@@ -1,6 +1,7 @@
 """``Run``: the one validated configuration, from YAML and dotted overrides. Never imports torch."""
 
 import difflib
+import re
 import typing
 from collections.abc import Sequence
 from importlib import resources
@@ -18,7 +19,7 @@ from pydantic import (
 )
 
 from .errors import ConfigError
-from .explain import explain, takes_text
+from .explain import explain, takes_section, takes_text
 
 
 def _number(value: Any) -> Any:
@@ -58,7 +59,7 @@ class Model(Section):
     tokenizer: str | None = None
     """Where the tokenizer is, if not with the model."""
     dtype: Dtype = "float32"
-    """The type of the weights. Training in float32 with train.mixed_precision is the safe choice for a student."""
+    """The type of the weights."""
     trust_remote_code: bool = False
     """Let the model folder run its own Python code. Only for authors you trust."""
 
@@ -66,6 +67,9 @@ class Model(Section):
 class Student(Model):
     """The model that is trained: exactly one of `path`, `config` and `layers`."""
 
+    dtype: Literal["float32", "bfloat16"] = "float32"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """The type of the weights. float32 with train.mixed_precision is the safe choice; float16 cannot hold AdamW's
+    averages of small gradients."""
     config: dict[str, Any] | None = None
     """A transformers configuration to build the student from, such as {model_type: llama, hidden_size: 256}."""
     layers: PositiveInt | list[NonNegativeInt] | None = None
@@ -79,20 +83,40 @@ class Student(Model):
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise ValueError(f"give exactly one of path, config and layers (found {found})")
+        if self.gguf_file is not None and self.path is None:
+            raise ValueError(f"gguf_file is a file inside path, and {given[0]} is given instead; leave gguf_file out")
+        if self.trust_remote_code and self.layers is not None and self.tokenizer is None:
+            raise ValueError("with layers no code but the teacher's runs; give teacher.trust_remote_code instead")
         return self
+
+
+class Source(Section, frozen=True):
+    """Rows by what holds them and, where that has several parts, which one."""
+
+    path: str
+    """JSON Lines, CSV or Parquet file, saved dataset folder, or `datasets` name."""
+    split: str | None = None
+    """The split of a saved dataset folder or `datasets` name."""
+    name: str | None = None
+    """The configuration of a `datasets` name."""
+
+    def __str__(self) -> str:
+        parts = {"configuration": self.name, "split": self.split}
+        return ", ".join([self.path, *(f"{what} {part}" for what, part in parts.items() if part is not None)])
 
 
 class Data(Section):
     """Where the rows are and how they are read."""
 
-    train: str
-    """JSON Lines, CSV or Parquet file, saved dataset folder, or `datasets` name."""
-    validation: str | None = None
-    """Rows for validation; unset holds `validation_size` rows of `train` out."""
+    train: str | Source
+    """JSON Lines, CSV or Parquet file, saved dataset folder, or `datasets` name; or {path, split, name} of the latter
+    two, where they hold several parts."""
+    validation: str | Source | None = None
+    """Rows for validation, named as in `train`; unset holds `validation_size` rows of `train` out."""
     validation_size: PositiveInt = 100
     """How many rows validation uses at most."""
-    test: dict[str, str] = {}
-    """Rows scored at the end, by a name of your choice: {dolly: data/dolly/test.jsonl}."""
+    test: dict[str, str | Source] = {}
+    """Rows scored at the end, by a name of your choice: {dolly: data/dolly/test.jsonl, other: {path: p, split: s}}."""
     limit: PositiveInt | None = None
     """Use only the first rows of `train`."""
     template: str = "alpaca"
@@ -104,15 +128,16 @@ class Data(Section):
     max_prompt: PositiveInt = 256
     """Longest prompt in tokens; a longer one is cut inside its text, so that the template stays whole."""
     max_length: PositiveInt = 512
-    """Longest prompt and response together, in tokens."""
+    """Longest prompt and response of the data together, in tokens; generation.max_new_tokens bounds what a model
+    writes."""
     responses: Literal["dataset", "teacher"] = "dataset"
     """Who wrote the responses: the dataset, or the teacher (once, before training). Test rows keep their own."""
     responses_file: str | None = None
     """Where the teacher's responses are kept; responses.jsonl in the run folder unless set. Reused if it is there."""
     responses_temperature: NonNegativeFloat = 0.0
     """How the teacher writes them; 0 is greedy."""
-    text: str | None = None
-    """A plain-text corpus for the language-model loss (.txt, or JSON Lines with a field `text`)."""
+    text: str | Source | None = None
+    """A plain-text corpus for the language-model loss: .txt, or anything `train` may be, with a field `text`."""
     text_length: Annotated[int, Field(ge=2), Number] = 512
     """Tokens per row of plain text."""
     text_weight: NonNegativeFloat = 1.0
@@ -125,6 +150,15 @@ class Data(Section):
         unknown = sorted(self.fields.keys() - {"instruction", "input", "output"})
         if unknown:
             raise ValueError(f"fields: {unknown[0]} is not a field of the task (instruction, input, output)")
+        return self
+
+    @model_validator(mode="after")
+    def _names_of_files(self) -> "Data":
+        for name in self.test:
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+                raise ValueError(
+                    f"test: {name!r} cannot name a file of scores; use letters, digits and _ - . (no sign but _ first)"
+                )
         return self
 
 
@@ -201,7 +235,7 @@ class Generation(Section):
     """How responses are sampled, in training and, unless `evaluation` says otherwise, in evaluation."""
 
     max_new_tokens: PositiveInt = 256
-    """Longest response, in tokens."""
+    """Longest response that a model writes, in tokens, the teacher's included; data.max_length bounds the data's."""
     temperature: NonNegativeFloat = 1.0
     """0 is greedy."""
     top_k: NonNegativeInt = 0
@@ -221,14 +255,22 @@ class Optim(Section):
     """The shape after warm-up."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up."""
-    final_lr: NonNegativeFloat = 1e-7
-    """The learning rate at the last step."""
+    final_lr: NonNegativeFloat | None = None
+    """The learning rate at the last step (1e-7 unless set, or `lr` where that is less)."""
     weight_decay: NonNegativeFloat = 0.01
     """Decay of matrices; biases and norms have none."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's averages."""
     eps: PositiveFloat = 1e-8
     """AdamW's denominator."""
+
+    @model_validator(mode="after")
+    def _falls(self) -> "Optim":
+        if self.final_lr is not None and self.schedule == "constant":
+            raise ValueError("final_lr belongs to cosine and linear, not to constant; leave it out (or null)")
+        if self.final_lr is not None and self.final_lr > self.lr:
+            raise ValueError(f"final_lr ({self.final_lr}) must be at most lr ({self.lr}), from where it falls")
+        return self
 
 
 class Train(Section):
@@ -264,7 +306,8 @@ class Validation(Section):
     every: PositiveInt | None = None
     """Steps between validations; once an epoch unless set."""
     divergence: DivergenceName = "forward_kl"
-    """The divergence that is reported."""
+    """The divergence that is reported: skew_kl and skew_reverse_kl with alpha 0.1, jsd with beta 0.5, symmetric_kl with
+    weight 0.5, whatever the method has."""
     select: Literal["cross_entropy", "divergence", "rouge_l"] = "cross_entropy"
     """Which validation figure chooses the student that is kept."""
     rouge_rows: PositiveInt = 50
@@ -334,6 +377,15 @@ class Run(Section):
     """Delete a run that is already in `output`."""
     provenance: dict[str, Any] | None = None
     """Written by the tool into a run's own run.yaml: versions, command, machine. Never read by training."""
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> "Run":
+        if self.train.steps is not None and self.optim.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps ({self.optim.warmup_steps}) must be below train.steps ({self.train.steps}), or "
+                "the learning rate never reaches optim.lr"
+            )
+        return self
 
     @model_validator(mode="after")
     def _buffer_holds_a_batch(self) -> "Run":
@@ -444,6 +496,8 @@ def _value(key: str, text: str) -> Any:
         if takes_text(Run, key):  # such as a template, which may look like broken YAML
             return text
         raise ConfigError(f"{key}={text}: the value is not YAML ({' '.join(str(error).split())})") from error
+    if isinstance(value, dict) and takes_section(Run, key):
+        return typing.cast(dict[str, Any], value)
     return text if not isinstance(value, str | None) and takes_text(Run, key) else value
 
 

@@ -17,6 +17,8 @@ def explain(error: ValidationError, root: type[BaseModel], source: str) -> str:
     """One line for each setting that cannot be used: its dotted name, what was given, and what is allowed."""
     found: dict[str, dict[str, str]] = {}
     for one in error.errors(include_url=False):
+        if one["type"] == "string_type" and isinstance(one["input"], dict) and one["loc"][-1] == "str":
+            continue  # a section was given: what is wrong inside it is said
         key, section = located(root, one["loc"])
         key += ".name" * (one["type"] == "union_tag_invalid")
         text, given = _said(one, key, section, root)
@@ -35,25 +37,28 @@ def located(root: type[BaseModel], loc: Sequence[str | int]) -> tuple[str, type[
     Pydantic's own marks (which member of a union was tried) are left out.
     """
     parts, section, holder, left = list[str](), root, root, [*loc]
+    members = list[Any]()
     while left:
         part = left.pop(0)
         if part != "[key]":
             parts.append(str(part))
-        holder, field = section, section.model_fields.get(str(part)) if section else None
-        section = None
-        if field is not None:
-            members = _members(field.annotation)
-            sections = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
-            tag = left.pop(0) if len(members) > 1 and left else None
-            section = next((s for s in sections if len(sections) == 1 or tag == _tag(s)), None)
+        if section is None:
+            members = [inner for member in members for inner in _values(member)]
+        else:
+            field = section.model_fields.get(str(part))
+            members = [] if field is None else _members(field.annotation)
+        sections = _sections(members)
+        tag = left.pop(0) if len(members) > 1 and left else None
+        holder, section = section, next((s for s in sections if len(sections) == 1 or tag == _tag(s)), None)
     return ".".join(parts), holder
 
 
 def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every setting by dotted name, with its annotation; those of all members of a union."""
     for name, field in section.model_fields.items():
-        sections = [m for m in _members(field.annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
-        if not sections:
+        members = _members(field.annotation)
+        sections = _sections(members)
+        if len(sections) < len(members):
             yield prefix + name, field.annotation
         for member in sections:
             yield from leaves(member, f"{prefix}{name}.")
@@ -63,7 +68,13 @@ def takes_text(root: type[BaseModel], key: str) -> bool:
     """Whether the setting ``key`` is free text, so that what a user types for it is not to be read as YAML."""
     holds = dict(leaves(root))
     above = key.rpartition(".")[0]
-    return str in _members(holds.get(key)) or holds.get(above) == dict[str, str]
+    return str in _members(holds.get(key)) or str in _values(holds.get(above))
+
+
+def takes_section(root: type[BaseModel], key: str) -> bool:
+    """Whether the setting ``key``, which may be free text, may also be a section of settings."""
+    holds = dict(leaves(root))
+    return bool(_sections([*_members(holds.get(key)), *_values(holds.get(key.rpartition(".")[0]))]))
 
 
 def nearest(given: str, allowed: Sequence[str]) -> str:
@@ -83,7 +94,8 @@ def _said(error: Any, key: str, section: type[BaseModel] | None, root: type[Base
         elsewhere = f" Did you mean {owners[0]}?" if owners else nearest(name, list(section.model_fields))
         return f"no such setting{_of_method(section)}.{elsewhere}", ""
     if kind == "missing":
-        return "missing", ""
+        beside = ", ".join(map(str, given)) if "." in key and isinstance(given, dict) else ""
+        return "missing" + (f" beside {beside}" if beside else ""), ""
     if kind == "union_tag_invalid":
         above, tag = key.rpartition(".")[0], str(error["ctx"]["tag"])
         return f"{tag!r} is not a {above}.{nearest(tag, _tags(root, above))}", ""
@@ -102,6 +114,15 @@ def _members(annotation: Any) -> list[Any]:
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return [member for part in typing.get_args(annotation) for member in _members(part) if member is not type(None)]
     return [annotation]
+
+
+def _sections(members: list[Any]) -> list[type[BaseModel]]:
+    return [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+
+
+def _values(annotation: Any) -> list[Any]:
+    """What the values of a mapping may be; none for anything else."""
+    return _members(typing.get_args(annotation)[1]) if typing.get_origin(annotation) is dict else []
 
 
 def _tag(section: type[BaseModel]) -> Any:

@@ -1,6 +1,5 @@
 """The run folder: what a run writes while it goes on. See docs/architecture.md for the format of each file."""
 
-import glob
 import json
 import shutil
 from pathlib import Path
@@ -93,9 +92,11 @@ class RunFolder:
 
     def forget_eval(self, *, data: str = "", system: str = "") -> None:
         """Drop the scores on ``data``, or of ``system``, because they are about to change; all without either."""
-        name = f"{glob.escape(data) or '*'}-{glob.escape(system) or '*'}.json"
-        for path in (self.path / "eval").glob(name):
-            path.unlink()
+        for path in (self.path / "eval").glob("*.json"):
+            # Exactly: the name of another data set may begin with this one's.
+            of_data, _, of_system = path.stem.rpartition("-")
+            if data in ("", of_data) and system in ("", of_system):
+                path.unlink()
 
     def has_eval(self, name: str) -> bool:
         """Whether ``eval/NAME.json`` is there already."""

@@ -1,6 +1,5 @@
 """A whole run: from the configuration to the run folder, in phases that can be interrupted and resumed."""
 
-import math
 import signal
 import threading
 from collections.abc import Generator
@@ -12,15 +11,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .assess import answers, assess, measure
+from .assembly import make_sampling
+from .assess import answers, assess
 from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of, write_text
-from .config import Distillm, Run, as_yaml, changed, read_yaml
+from .config import Run, as_yaml, changed, read_yaml
 from .display import Display
 from .errors import Interrupted, TrainingError
-from .evaluation import rouge_l
-from .evaluation.run import decode
+from .evaluation.run import decode, seeds_used
 from .folder import RunFolder
-from .project import Project, build, save_student, steps, unless_stopped
+from .project import Project, build, save_student, training, unless_stopped, validated
 from .provenance import provenance
 from .report import write_report
 from .train import Step
@@ -72,16 +71,27 @@ def _begin(project: Project, command: str | None) -> None:
 
 def _describe(project: Project, command: str | None) -> None:
     models = {"student": project.models.student, "teacher": project.models.teacher}
-    origin = provenance(models, project.accelerator.device, command)
+    origin = provenance(models, project.accelerator.device, command) | {"resolved": _resolved(project)}
     text = as_yaml(project.run.model_copy(update={"provenance": origin}))
     write_text(project.folder.path / "run.yaml", text)
+
+
+def _resolved(project: Project) -> dict[str, float]:
+    """What the settings that were left open came to: the configuration itself stays as it was asked for."""
+    run = project.run
+    return {
+        "train.steps": project.state.total_steps,
+        "validation.every": project.every,
+        "checkpoint.every": run.checkpoint.every or project.every,
+        "evaluation.temperature": make_sampling(run, run.evaluation.temperature).temperature,
+    }
 
 
 def _train(project: Project) -> None:
     state, run, total = project.state, project.run, project.state.total_steps
     began = state.step
     with project.display.phase("train", total, began) as advance:
-        for step in steps(project):
+        for step in training(project):
             _log_step(project, step)
             advance(step.step, _words(step))
             due = step.step == total or step.step % project.every == 0
@@ -130,28 +140,9 @@ def _words(step: Step) -> str:
 
 def _validation(project: Project) -> None:
     """Measure, keep the best, answer the sample prompts."""
-    run, models, state = project.run, project.models, project.state
-    examples = project.validation.examples
-    figures = measure(run, models, examples)
-    if not math.isfinite(figures["cross_entropy"]):
-        raise TrainingError(
-            f"step {state.step}: the cross-entropy on the validation rows is {figures['cross_entropy']}.\n"
-            + ("Try a lower optim.lr, or train in float32." if state.step else "The student's weights are damaged.")
-        )
-    trigger = run.method.trigger if isinstance(run.method, Distillm) else "validation_loss"
-    if "rouge_l" in (run.validation.select, trigger):
-        rows = examples[: run.validation.rouge_rows]
-        texts = answers(run, models, models.student, rows)
-        scores = rouge_l(texts, [project.validation.references[e.id] for e in rows])
-        figures["rouge_l"] = sum(scores) / len(scores)
-    # Every monitored value is one that falls as the student gets better.
-    monitored = {
-        "validation_loss": figures["cross_entropy"],
-        "validation_divergence": figures.get("divergence", math.nan),
-        "rouge_l": -figures.get("rouge_l", math.nan),
-    }[trigger]
-    state.validation.append(monitored)
-    project.folder.append(METRICS, {"kind": "validation", "step": state.step, **figures, "monitored": monitored})
+    run, state = project.run, project.state
+    figures = validated(project)
+    project.folder.append(METRICS, {"kind": "validation", "step": state.step, **figures})
     _samples(project)
     value = -figures["rouge_l"] if run.validation.select == "rouge_l" else figures[run.validation.select]
     if state.step and (project.best is None or value < project.best[0]):
@@ -160,7 +151,7 @@ def _validation(project: Project) -> None:
         _save(project)
     if run.tracker != "none":
         project.accelerator.log({f"validation/{k}": v for k, v in figures.items()}, step=state.step)
-    shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+    shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items() if name != "monitored")
     project.display.note(f"validation after step {state.step}: {shown}")
 
 
@@ -211,6 +202,8 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
     # The best by one figure says nothing about another.
     comparable = extra["best"] is not None and extra["select"] == project.run.validation.select
     project.best = (extra["best"][0], extra["best"][1]) if comparable else None
+    if not comparable:
+        project.folder.forget_eval(system="student")  # of a student that was chosen by another figure
     project.teacher_texts = extra["teacher_texts"]
     project.checkpointed = step_of(checkpoint)
     _retain(project)  # the kill may have come between a checkpoint and this
@@ -231,10 +224,13 @@ def _changes(project: Project) -> list[str]:
     folder = project.folder
     if not (folder.path / "run.yaml").exists():
         return []
-    differences = changed(read_yaml(str(folder.path)), project.run)
+    saved = read_yaml(str(folder.path))
+    differences, tests = changed(saved, project.run), {*saved["data"]["test"], *project.run.data.test}
     for key in (difference.partition("=")[0] for difference in differences):
-        if key.startswith("data.test."):
-            folder.forget_eval(data=key.removeprefix("data.test."))
+        if key.startswith("data.test."):  # a name of a test set, or a part of where it is
+            for name in tests:
+                if f"{key}.".startswith(f"data.test.{name}."):
+                    folder.forget_eval(data=name)
         elif key.startswith(("student.", "teacher.", "data.", "generation.", "evaluation.")):
             folder.forget_eval()
     return differences
@@ -259,8 +255,7 @@ def _finish(project: Project) -> None:
 
 def _score_tests(project: Project, model: PreTrainedModel, system: str) -> None:
     run, models = project.run, project.models
-    greedy = (run.generation.temperature if run.evaluation.temperature is None else run.evaluation.temperature) == 0
-    seeds = run.evaluation.seeds[:1] if greedy else run.evaluation.seeds
+    seeds = seeds_used(run.evaluation.seeds, make_sampling(run, run.evaluation.temperature))
     path = {"before": run.student.path, "student": str(project.folder.student)}
     origin = path.get(system, run.teacher.path if run.teacher is not None else None)
     for name, rows in project.tests.items():

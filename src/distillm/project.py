@@ -16,7 +16,7 @@ from .assess import answers, measure
 from .checkpoint import written_aside
 from .config import Distillm, Run, as_yaml
 from .display import Display
-from .errors import Interrupted, TrainingError
+from .errors import ConfigError, Interrupted, TrainingError
 from .evaluation import rouge_l
 from .folder import RunFolder
 from .generation import generate
@@ -71,6 +71,7 @@ def build(
     read = read_data(run)
     models = assembly.load_models(run, accelerator, display.note)
     rows = load_rows(run, read, models, display.note)
+    steps = _total_steps(run, rows.train)
     folder.clear()
     if run.tracker != "none":
         accelerator.init_trackers("distillm", config={"run": as_yaml(run)})
@@ -78,8 +79,6 @@ def build(
     responses = _responses(run, models, folder, display, stop)
     train, validation = (answered(run, asked, models, responses) for asked in (rows.train, rows.validation))
     tests = {name: answered(run, asked, models, responses, keep=True) for name, asked in rows.tests.items()}
-    epochs = run.train.epochs or 1
-    steps = run.train.steps or epochs * steps_per_epoch(len(train.examples), run.train.batch_size)
     return Project(
         run=run,
         folder=folder,
@@ -96,6 +95,14 @@ def build(
         display=display,
         stop=stop,
     )
+
+
+def _total_steps(run: Run, train: Rows) -> int:
+    epochs, warmup = run.train.epochs or 1, run.optim.warmup_steps
+    total = run.train.steps or epochs * steps_per_epoch(len(train.examples), run.train.batch_size)
+    if warmup >= total:
+        raise ConfigError(f"optim.warmup_steps ({warmup}) must be below the {total} steps of train.epochs={epochs}")
+    return total
 
 
 def steps(project: Project) -> Iterator[Step]:
@@ -143,16 +150,15 @@ def validated(project: Project) -> dict[str, float]:
 
 def training(project: Project) -> Iterator[Step]:
     """The training steps alone: whoever asks for them validates."""
-    run = project.run
+    run, optim = project.run, project.run.optim
+    final_lr = min(1e-7, optim.lr) if optim.final_lr is None else optim.final_lr
     return training_steps(
         project.models.pair,
         project.method,
         project.optimizer,
         project.state,
         accelerator=project.accelerator,
-        learning_rate=schedules.learning_rate(
-            run.optim.lr, run.optim.schedule, run.optim.warmup_steps, min(run.optim.final_lr, run.optim.lr)
-        ),
+        learning_rate=schedules.learning_rate(optim.lr, optim.schedule, optim.warmup_steps, final_lr),
         micro_batch_size=run.train.micro_batch_size,
         max_grad_norm=run.train.max_grad_norm,
     )

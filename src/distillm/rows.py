@@ -7,11 +7,12 @@ from typing import Any, cast
 
 from . import sources
 from .assembly import Models, Note
-from .config import Data, Run
+from .config import Data, Run, Source
 from .data import InstructionTask, all_texts, read_rows, text_examples
 from .errors import ConfigError, DataError
 from .teacher import Responses
 from .types import Example
+from .vocabulary import turn_end
 
 
 @dataclass
@@ -33,7 +34,11 @@ class RowSets:
     text: list[Example]
 
 
-def read_data(run: Run) -> dict[str, list[dict[str, Any]]]:
+Read = dict[str | Source, list[dict[str, Any]]]
+"""Rows as they were read, by what the configuration names them."""
+
+
+def read_data(run: Run) -> Read:
     """The rows of every file of the run, by source: read before any model, so that a bad line is said at once.
 
     Raises:
@@ -42,11 +47,20 @@ def read_data(run: Run) -> dict[str, list[dict[str, Any]]]:
     data = run.data
     named = [data.train, *([] if data.validation is None else [data.validation]), *data.test.values()]
     if data.text is not None:
-        next(iter(all_texts([data.text])))
-    return {source: read_rows(source) for source in dict.fromkeys(named)}
+        text = _source(data.text)
+        next(iter(all_texts([text.path], split=text.split, name=text.name)))
+    return {given: _read(_source(given)) for given in dict.fromkeys(named)}
 
 
-def load_rows(run: Run, read: dict[str, list[dict[str, Any]]], models: Models, note: Note) -> RowSets:
+def _source(given: str | Source) -> Source:
+    return Source(path=given) if isinstance(given, str) else given
+
+
+def _read(source: Source) -> list[dict[str, Any]]:
+    return read_rows(source.path, split=source.split, name=source.name)
+
+
+def load_rows(run: Run, read: Read, models: Models, note: Note) -> RowSets:
     """What ``read_data`` read, tokenised; some training rows are held out where there is no validation file.
 
     Raises:
@@ -55,12 +69,13 @@ def load_rows(run: Run, read: dict[str, list[dict[str, Any]]], models: Models, n
     """
     data = run.data
 
-    def rows(source: str, limit: int | None) -> Rows:
-        return tokenised(data, source, read[source][:limit], models, note)
+    def rows(source: str | Source, limit: int | None, *, asked: bool = False) -> Rows:
+        return tokenised(data, source, read[source][:limit], models, note, asked=asked)
 
-    train = rows(data.train, data.limit)
+    asked = data.responses == "teacher"
+    train = rows(data.train, data.limit, asked=asked)
     if data.validation is not None:
-        validation = rows(data.validation, data.validation_size)
+        validation = rows(data.validation, data.validation_size, asked=asked)
     else:
         train, validation = _held_out(run, train)
         note(f"{len(validation.examples)} rows of {data.train} are held out for validation")
@@ -70,7 +85,9 @@ def load_rows(run: Run, read: dict[str, list[dict[str, Any]]], models: Models, n
     text: list[Example] = []
     if data.text is not None and data.text_weight > 0:
         end_id = cast(int, models.tokenizer.eos_token_id)
-        text = text_examples(data.text, models.tokenizer, length=data.text_length, end_id=end_id)
+        source = _source(data.text)
+        part = {"split": source.split, "name": source.name}
+        text = text_examples(source.path, models.tokenizer, length=data.text_length, end_id=end_id, **part)
         check_room(models, text)
     return RowSets(train, validation, tests, text)
 
@@ -110,16 +127,42 @@ def task_of(data: Data) -> InstructionTask:
     return InstructionTask(template=data.template, system=data.system, fields=roles | data.fields)
 
 
-def tokenised(data: Data, source: str, rows: Sequence[Mapping[str, Any]], models: Models, note: Note) -> Rows:
-    """``rows`` of ``source``, as the run's task reads them."""
-    task = task_of(data)
-    name = Path(source).stem
+def end_of_response(data: Data, models: Models) -> int:
+    """The token that ends a response: the chat template's own where that is used, else the tokenizer's."""
+    if data.template == "chat":
+        return turn_end(models.tokenizer, models.end_ids)
+    return cast(int, models.tokenizer.eos_token_id)
+
+
+def only_asked(
+    task: InstructionTask, rows: Sequence[Mapping[str, Any]]
+) -> tuple[InstructionTask, list[dict[str, Any]]]:
+    """``rows`` without their responses, and the task of such rows."""
+    answer = task.fields["output"]
+    fields = {role: name for role, name in task.fields.items() if role != "output"}
+    return replace(task, fields=fields), [{k: v for k, v in row.items() if k != answer} for row in rows]
+
+
+def tokenised(
+    data: Data,
+    given: str | Source,
+    rows: Sequence[Mapping[str, Any]],
+    models: Models,
+    note: Note,
+    *,
+    asked: bool = False,
+) -> Rows:
+    """``rows`` of the source ``given``, as the run's task reads them; ``asked``: a model is to write the responses."""
+    task, source = task_of(data), _source(given)
+    if asked:
+        task, rows = only_asked(task, rows)
+    name = Path(source.path).stem + ("" if source.split is None else f"-{source.split}")
     examples, report = task.examples(
         rows,
         models.tokenizer,
         max_prompt=data.max_prompt,
         max_length=data.max_length,
-        end_id=cast(int, models.tokenizer.eos_token_id),
+        end_id=end_of_response(data, models),
         source=name,
     )
     note(f"{source}: {report}")

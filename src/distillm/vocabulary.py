@@ -1,9 +1,10 @@
 """Vocabularies: the entries two models share, the tokens that end a response, and training a tokenizer."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import jinja2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -77,6 +78,22 @@ def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
             'has an end token; set "eos_token" in tokenizer_config.json'
         )
     return tuple(dict.fromkeys(found))
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> int:
+    """The token that ends the assistant's turn in the chat template: the first of ``end_ids`` after its text.
+
+    It need not be the tokenizer's end token, which is the answer where the template writes none of ``end_ids``.
+    """
+    said = "Twelve."
+    messages = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": said}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False)) if tokenizer.chat_template else ""
+    except (jinja2.TemplateError, ValueError):  # a template for questions only
+        text = ""
+    after = text.rpartition(said)[2] if said in text else ""
+    ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if i in end_ids), cast(int, tokenizer.eos_token_id))
 
 
 def train_tokenizer(

@@ -16,17 +16,24 @@ FIELD = "text"
 
 
 def text_examples(
-    sources: str | Path | Sequence[str | Path], tokenizer: PreTrainedTokenizerBase, *, length: int, end_id: int
+    sources: str | Path | Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    end_id: int,
+    split: str | None = None,
+    name: str | None = None,
 ) -> list[Example]:
     """Chunks of ``length`` tokens (the last may be shorter) of all documents, each followed by its end token.
 
-    A .txt file is one document; any other source is read by ``read_rows``, a document in the field ``text`` of each
-    row. Every token but the first of a chunk is a target. Raises DataError where a source has no text.
+    A .txt file is one document; any other source is read by ``read_rows`` (with ``split`` and ``name``), a document in
+    the field ``text`` of each row. Every token but the first of a chunk is a target. Raises DataError where a source
+    has no text.
     """
     if length < SHORTEST:
         raise ConfigError(f"the length of a text chunk is {length}; it must be at least {SHORTEST}")
     paths = [sources] if isinstance(sources, str | Path) else list(sources)
-    documents = [document for path in paths for document in _documents(path)]
+    documents = [document for path in paths for document in _documents(path, split, name)]
     if not documents:
         raise DataError(f"no text in {listed([str(path) for path in paths])}; give at least one document")
     tokens = list(chain.from_iterable(encode_responses(tokenizer, documents, end_id)))
@@ -38,15 +45,16 @@ def text_examples(
     ]
 
 
-def all_texts(sources: Sequence[str | Path]) -> Iterator[str]:
+def all_texts(sources: Sequence[str | Path], *, split: str | None = None, name: str | None = None) -> Iterator[str]:
     """Every text in ``sources``: a .txt file whole, otherwise each text of each row, whatever its field.
 
-    Raises DataError as ``read_rows`` does, and where there is no text at all.
+    ``split`` and ``name`` are for ``read_rows``. Raises DataError as that does, and where there is no text at all.
     """
     found = False
     for source in sources:
         path = Path(source).expanduser()
-        values = [read_text(path)] if path.suffix.lower() == ".txt" else chain(*map(dict.values, read_rows(source)))
+        plain = _is_plain(path, split, name)
+        values = [read_text(path)] if plain else chain(*map(dict.values, read_rows(source, split=split, name=name)))
         for value in values:
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str) and text.strip():
@@ -56,15 +64,20 @@ def all_texts(sources: Sequence[str | Path]) -> Iterator[str]:
         raise DataError(f"no text in {listed([str(source) for source in sources])}; give at least one text")
 
 
-def _documents(source: str | Path) -> list[str]:
+def _is_plain(path: Path, split: str | None, name: str | None) -> bool:
+    """Whether the file is one text; with a part chosen, ``read_rows`` says that a file has none."""
+    return path.suffix.lower() == ".txt" and split is None and name is None
+
+
+def _documents(source: str | Path, split: str | None, name: str | None) -> list[str]:
     path = Path(source).expanduser()
-    if path.suffix.lower() == ".txt":
+    if _is_plain(path, split, name):
         text = read_text(path)
         if not text.strip():
             raise DataError(f"{path}: the file holds only white space; give one with text")
         return [text]
     documents: list[str] = []
-    for i, row in enumerate(read_rows(source)):
+    for i, row in enumerate(read_rows(source, split=split, name=name)):
         if not isinstance(row.get(FIELD), str):
             what = f"the field '{FIELD}' holds no text" if FIELD in row else f"there is no field '{FIELD}'"
             raise DataError(f"{source}:{i}: {what}; the fields there are: {listed([str(key) for key in row])}")

@@ -21,6 +21,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     references: Mapping[str, Sequence[str]],
+    prompts: Mapping[str, str],
     sampling: Sampling,
     seeds: Sequence[int],
     *,
@@ -29,14 +30,15 @@ def evaluate(
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
-    """Let ``model`` answer ``examples`` once per seed and score the answers against ``references`` (by row id).
+    """Let ``model`` answer ``examples`` once per seed and score the answers against ``references``.
 
+    ``references`` and ``prompts`` are by row id; a prompt is kept beside its answers as the user wrote it.
     Scores are means over rows; their spread is over the decoding seeds, so a greedy decoding has none and is run once.
     ``progress`` is called with the rows done and the rows in all.
     """
     if not examples:
         raise DataError("there are no rows to evaluate")
-    seeds = seeds[:1] if sampling.temperature == 0 else seeds
+    seeds = seeds_used(seeds, sampling)
     texts: list[list[str]] = []
     scores: dict[str, list[float]] = {}
     wanted = [references[example.id] for example in examples]
@@ -67,13 +69,18 @@ def evaluate(
         "predictions": [
             {
                 "id": example.id,
-                "prompt": tokenizer.decode(example.prompt, skip_special_tokens=True),
+                "prompt": prompts[example.id],
                 "references": list(references[example.id]),
                 "predictions": [text[i] for text in texts],
             }
             for i, example in enumerate(examples)
         ],
     }
+
+
+def seeds_used(seeds: Sequence[int], sampling: Sampling) -> Sequence[int]:
+    """Those of ``seeds`` that answers differ by: greedy decoding draws nothing, so one is enough."""
+    return seeds[:1] if sampling.temperature == 0 else seeds
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[str]:
