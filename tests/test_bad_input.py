@@ -362,9 +362,8 @@ def test_predictions_that_cannot_be_scored_are_named(made: Path):
 def test_rows_without_a_reference_cannot_be_scored(made: Path):
     write_rows(made / "bare.jsonl", rows(2, output=False))
     data = ("--data", made / "bare.jsonl", "--template", "{{ instruction }}")
-    message = refused("eval", made / "student", *data)
-    assert "bare:0 has no reference to score against: no field 'output'" in message
-    assert f"distillm generate MODEL --file {made / 'bare.jsonl'}" in message
+    said = "bare:0 has no reference to score against: no field 'output'"
+    assert said in refused("eval", made / "student", *data)
 
 
 def test_an_unfinished_run_says_how_to_go_on(made: Path):
@@ -398,5 +397,4 @@ def test_too_little_memory_names_the_setting_that_helps(made: Path, monkeypatch:
 
     monkeypatch.setattr("distillm.pipeline.distill", full)
     message = refused("train", made / "run.yaml")
-    for setting in ("train.micro_batch_size", "generation.batch_size", "evaluation.batch_size"):
-        assert setting in message
+    assert all(f"{section}batch_size" in message for section in ("train.micro_", "generation.", "evaluation."))

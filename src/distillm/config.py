@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from .errors import ConfigError
-from .explain import explain, takes_section, takes_text
+from .explain import explain, flat, takes_section, takes_text
 
 
 def _number(value: Any) -> Any:
@@ -90,8 +90,10 @@ class Student(Model):
         return self
 
 
-class Source(Section, frozen=True):
+class Source(Section):
     """Rows by what holds them and, where that has several parts, which one."""
+
+    model_config = ConfigDict(frozen=True)
 
     path: str
     """JSON Lines, CSV or Parquet file, saved dataset folder, or `datasets` name."""
@@ -144,16 +146,12 @@ class Data(Section):
     """Weight of the language-model loss on plain text."""
 
     @model_validator(mode="after")
-    def _lengths(self) -> "Data":
+    def _fits_together(self) -> "Data":
         if self.max_prompt >= self.max_length:
             raise ValueError(f"max_prompt ({self.max_prompt}) must be below max_length ({self.max_length})")
         unknown = sorted(self.fields.keys() - {"instruction", "input", "output"})
         if unknown:
             raise ValueError(f"fields: {unknown[0]} is not a field of the task (instruction, input, output)")
-        return self
-
-    @model_validator(mode="after")
-    def _names_of_files(self) -> "Data":
         for name in self.test:
             if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
                 raise ValueError(
@@ -379,16 +377,12 @@ class Run(Section):
     """Written by the tool into a run's own run.yaml: versions, command, machine. Never read by training."""
 
     @model_validator(mode="after")
-    def _warm_up_ends(self) -> "Run":
+    def _numbers_fit(self) -> "Run":
         if self.train.steps is not None and self.optim.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below train.steps ({self.train.steps}), or "
                 "the learning rate never reaches optim.lr"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _buffer_holds_a_batch(self) -> "Run":
         if isinstance(self.method, Distillm) and self.method.capacity < self.train.batch_size:
             raise ValueError(
                 f"method.capacity ({self.method.capacity}) must be at least train.batch_size "
@@ -477,16 +471,8 @@ def as_yaml(run: Run) -> str:
 def changed(saved: dict[str, Any], run: Run) -> list[str]:
     """The settings, by dotted name, in which ``run`` differs from the settings ``saved`` in a run folder."""
     now = run.model_dump(mode="json", exclude={"resume", "overwrite", "provenance"})
-    old, new = _flat({k: v for k, v in saved.items() if k != "provenance"}), _flat(now)
+    old, new = flat({k: v for k, v in saved.items() if k != "provenance"}), flat(now)
     return [f"{key}={new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        inner = typing.cast(dict[str, Any], value) if isinstance(value, dict) else None
-        flat |= {prefix + key: value} if inner is None else _flat(inner, f"{prefix}{key}.")
-    return flat
 
 
 def _value(key: str, text: str) -> Any:
@@ -496,9 +482,8 @@ def _value(key: str, text: str) -> Any:
         if takes_text(Run, key):  # such as a template, which may look like broken YAML
             return text
         raise ConfigError(f"{key}={text}: the value is not YAML ({' '.join(str(error).split())})") from error
-    if isinstance(value, dict) and takes_section(Run, key):
-        return typing.cast(dict[str, Any], value)
-    return text if not isinstance(value, str | None) and takes_text(Run, key) else value
+    meant = isinstance(value, str | None) or (isinstance(value, dict) and takes_section(Run, key))
+    return text if not meant and takes_text(Run, key) else value
 
 
 def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:

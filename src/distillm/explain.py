@@ -64,6 +64,15 @@ def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, An
             yield from leaves(member, f"{prefix}{name}.")
 
 
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = typing.cast(dict[str, Any], value) if isinstance(value, dict) else None
+        found |= {prefix + key: value} if inner is None else flat(inner, f"{prefix}{key}.")
+    return found
+
+
 def takes_text(root: type[BaseModel], key: str) -> bool:
     """Whether the setting ``key`` is free text, so that what a user types for it is not to be read as YAML."""
     holds = dict(leaves(root))
