@@ -136,10 +136,9 @@ def test_eval_of_a_run_gives_exactly_the_scores_the_run_wrote(made: Path, run: P
 
 
 def test_eval_of_a_run_does_not_depend_on_its_batch_size(made: Path, run: Path, tmp_path: Path):
-    done(
-        "eval", run, "--data", made / "test.jsonl", "--batch-size=1", "--device=cpu", "--output", tmp_path / "one.json"
-    )
-    again = json.loads((tmp_path / "one.json").read_text())
+    output, data = tmp_path / "one.json", made / "test.jsonl"
+    done("eval", run, "--data", data, "--batch-size=1", "--device=cpu", "--output", output)
+    again = json.loads(output.read_text())
     assert again["predictions"] == scores(run)["numbers-student.json"]["predictions"]
 
 
