@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from distillm.errors import ConfigError, ModelError
 from distillm.models import (
     best_device,
+    fingerprint,
     freeze,
     load_model,
     load_tokenizer,
@@ -359,3 +360,13 @@ def test_models_that_cannot_be_shrunk_say_so() -> None:
     teacher.config.num_hidden_layers = 7
     with pytest.raises(ModelError, match="no list of 7 layers"):
         shrink(teacher, 2)
+
+
+def test_a_fingerprint_tells_weights_apart_whatever_their_size():
+    large = torch.nn.Module()
+    large.register_buffer("table", torch.zeros(28_311_552, dtype=torch.int8))  # places that float32 rounds up
+    first = fingerprint(large)
+    large.get_buffer("table")[-1] = 1
+    assert fingerprint(large) != first
+    assert fingerprint(tiny_causal(seed=1)) == fingerprint(tiny_causal(seed=1))
+    assert fingerprint(tiny_causal(seed=1)) != fingerprint(tiny_causal(seed=2))

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from distillm import cli
 from distillm.checkpoint import list_checkpoints, step_of
-from distillm.errors import DataError, ModelError, StorageError, TrainingError
+from distillm.errors import ConfigError, DataError, ModelError, StorageError, TrainingError
 from distillm.pipeline import distill
 from tiny import save, tiny_causal, tiny_tokenizer
 from tiny_run import (
@@ -289,3 +289,11 @@ def test_a_run_on_a_full_disk_keeps_its_checkpoints_and_goes_on_when_there_is_ro
 
 def test_a_spawned_process_makes_the_same_steps(made: Path, tmp_path: Path, spawned: Future[list[float]]):
     assert spawned.result(timeout=300) == first_losses(settings(made, tmp_path / "here"))
+
+
+def test_several_processes_are_refused_until_they_train_together(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one of 2 processes"):
+        distill(tiny_run(made, tmp_path / "run"))

@@ -186,6 +186,8 @@ def test_another_thread_count_is_said(made: Path, tmp_path: Path):
     display = Heard()
     resumed(tmp_path / "run", display=display)
     assert any("made with 64 threads, now there are 1" in text for text in display.said)
+    (event,) = events(tmp_path / "run", "threads")
+    assert "made with 64 threads" in event["message"]
 
 
 def test_a_damaged_newest_checkpoint_can_be_deleted_to_go_on_from_the_one_before(

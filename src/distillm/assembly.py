@@ -1,6 +1,7 @@
 """A ``Run`` becomes objects: models, method, optimizer."""
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -145,6 +146,12 @@ def make_accelerator(run: Run) -> Accelerator:
         raise ConfigError("device=cuda, but torch sees no CUDA device here; use device=auto or device=cpu")
     if run.device == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device=mps, but torch sees no Apple GPU here; use device=auto or device=cpu")
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ConfigError(
+            f"this was started as one of {processes} processes, and they would all train the same run apart from each "
+            "other; start it as one process"
+        )
     if run.tracker != "none" and importlib.util.find_spec(run.tracker) is None:
         raise ConfigError(f"tracker={run.tracker}, but it is not installed: pip install {run.tracker}")
     AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]

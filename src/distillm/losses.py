@@ -1,6 +1,6 @@
 """What is minimised. A loss is a tuple of terms; a term gives a SUM and says what it is to be divided by.
 
-Only ``train.py`` divides, by the count over all micro-batches (and ranks) of the step.
+Only ``train.py`` divides, by the count over all micro-batches of the step.
 """
 
 from collections.abc import Callable, Sequence

@@ -289,7 +289,9 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().flatten()
-        places = torch.linspace(0, max(flat.numel() - 1, 0), min(64, flat.numel())).long().to(flat.device)
+        # In whole numbers: float32 cannot tell neighbouring places of a large tensor apart.
+        count = min(64, flat.numel())
+        places = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{flat[places].double().tolist()}".encode())
     return digest.hexdigest()[:16]
 

@@ -216,6 +216,7 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
         _describe(project, command)
     if saved["threads"] != torch.get_num_threads():
         said = f"the checkpoint was made with {saved['threads']} threads, now there are {torch.get_num_threads()}"
+        _event(project, "threads", f"{said}: results can differ in the last bits")
         project.display.note(f"{said}: results can differ in the last bits")
 
 
