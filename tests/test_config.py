@@ -1,5 +1,6 @@
 """``Run``: what is refused is named, what is accepted reads back, and messages say what was meant."""
 
+import copy
 import json
 import math
 from contextlib import suppress
@@ -317,3 +318,11 @@ def test_a_folder_that_holds_no_run_does_not_hide_a_recipe(tmp_path: Path, monke
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
     assert read_yaml("demo")["output"] == "demo/distillm"
+
+
+def test_a_change_of_method_begins_from_the_defaults_of_the_new_one() -> None:
+    started = smallest(teacher={"path": "t"}, method={"name": "distillm", "divergence": "jsd", "capacity": 50})
+    other = make_run(copy.deepcopy(started), ["method.name=kd", "method.kd_weight=0.5"]).method
+    assert (other.name, other.divergence, other.kd_weight) == ("kd", "forward_kl", 0.5)  # type: ignore[union-attr]
+    same = make_run(copy.deepcopy(started), ["method.name=distillm"]).method
+    assert (same.divergence, same.capacity) == ("jsd", 50)  # type: ignore[union-attr]

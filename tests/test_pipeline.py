@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import distillm
 from distillm.checkpoint import list_checkpoints, step_of
-from distillm.config import load_run, make_run
+from distillm.config import load_run, make_run, read_yaml
 from distillm.errors import ConfigError
 from distillm.pipeline import distill
 from distillm.provenance import provenance
@@ -302,3 +302,21 @@ def test_the_library_runs_the_same_steps_as_the_pipeline(made: Path, tmp_path: P
     project = distillm.build(make_run(settings(made, tmp_path / "other", METHODS["kd"])))
     losses = [step.loss for step in distillm.steps(project)]
     assert losses == [entry["loss"] for entry in lines(folder / "metrics.jsonl", "step")]
+
+
+def test_a_student_that_got_worse_is_said(made: Path, tmp_path: Path):
+    display = Heard()
+    distill(tiny_run(made, tmp_path / "bad", {"optim.lr": 30.0, "method": {"name": "sft"}}), display)
+    assert any("no better than it was before training" in text for text in display.said)
+    assert len(events(tmp_path / "bad", "worse")) == 1
+    good = Heard()
+    distill(tiny_run(made, tmp_path / "good", {"method": {"name": "sft"}}), good)
+    assert not any("no better" in text for text in good.said)
+
+
+def test_the_command_that_began_a_run_stays_when_it_goes_on_with_other_settings(made: Path, tmp_path: Path):
+    run = tiny_run(made, tmp_path / "run", {"evaluation.compare": []})
+    distill(run, command="first")
+    distill(make_run(read_yaml(str(tmp_path / "run")) | {"resume": "auto"}, ["train.steps=9"]), command="second")
+    kept = read_yaml(str(tmp_path / "run"))["provenance"]
+    assert (kept["command"], kept["resumed"]) == ("first", ["second"])

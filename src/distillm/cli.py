@@ -122,7 +122,14 @@ def evaluate_command(
         result = score_predictions(read_rows(str(predictions)), predictions.name)
         name = predictions.stem
     elif source is None or data is None:
-        raise ConfigError("give a run or model and --data FILE, or --predictions FILE")
+        raise ConfigError(
+            "give a run or model and --data FILE, or --predictions FILE"
+            + (
+                ""
+                if source is None
+                else f" (a run's own test sets are scored by `distillm train {source} resume=auto`)"
+            )
+        )
     else:
         settings = _settings_for(source, template, device)
         settings["data"]["train"] = data

@@ -419,7 +419,10 @@ def make_run(settings: dict[str, Any], overrides: Sequence[str] = (), source: st
         key, sign, value = override.partition("=")
         if not sign or not key:
             raise ConfigError(f"{override!r} is not an override; write key.path=value, such as optim.lr=1e-4")
-        _set(settings, key.split("."), _value(key, value))
+        method, given = settings.get("method"), _value(key, value)
+        if key == "method.name" and isinstance(method, dict) and method.get("name", Distillm().name) != given:
+            settings["method"] = {}  # one method's settings mean nothing to another
+        _set(settings, key.split("."), given)
     if isinstance(method := settings.get("method"), dict):
         method.setdefault("name", Distillm().name)  # as where there is no such section at all
     try:

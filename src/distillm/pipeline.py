@@ -69,9 +69,13 @@ def _begin(project: Project, command: str | None) -> None:
         _score_tests(project, project.models.student, "before")
 
 
-def _describe(project: Project, command: str | None) -> None:
+def _describe(project: Project, command: str | None, resumed: bool = False) -> None:
     models = {"student": project.models.student, "teacher": project.models.teacher}
     origin = provenance(models, project.accelerator.device, command) | {"resolved": _resolved(project)}
+    if resumed:  # what began the run stays; what it was gone on with is added
+        before = read_yaml(str(project.folder.path)).get("provenance") or {}
+        origin |= {key: before[key] for key in ("command", "started") if key in before}
+        origin["resumed"] = [*before.get("resumed", []), command]
     text = as_yaml(project.run.model_copy(update={"provenance": origin}))
     write_text(project.folder.path / "run.yaml", text)
 
@@ -145,7 +149,9 @@ def _validation(project: Project) -> None:
     project.folder.append(METRICS, {"kind": "validation", "step": state.step, **figures})
     _samples(project)
     value = -figures["rouge_l"] if run.validation.select == "rouge_l" else figures[run.validation.select]
-    if state.step and (project.best is None or value < project.best[0]):
+    if state.step == 0:
+        project.first = value
+    elif project.best is None or value < project.best[0]:
         project.best = (value, state.step)
         _event(project, "best", f"{run.validation.select} {abs(value):.4f}")
         _save(project)
@@ -183,7 +189,12 @@ def _samples(project: Project) -> None:
 def _save(project: Project) -> None:
     if project.checkpointed == project.state.step:
         return
-    extra = {"best": project.best, "select": project.run.validation.select, "teacher_texts": project.teacher_texts}
+    extra = {
+        "first": project.first,
+        "best": project.best,
+        "select": project.run.validation.select,
+        "teacher_texts": project.teacher_texts,
+    }
     student, optimizer = project.models.student, project.optimizer
     save_checkpoint(project.folder.checkpoints, student, optimizer, project.state, project.buffer, extra)
     project.checkpointed = project.state.step
@@ -202,6 +213,7 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
     # The best by one figure says nothing about another.
     comparable = extra["best"] is not None and extra["select"] == project.run.validation.select
     project.best = (extra["best"][0], extra["best"][1]) if comparable else None
+    project.first = extra["first"] if comparable else None
     if not comparable:
         project.folder.forget_eval(system="student")  # of a student that was chosen by another figure
     project.teacher_texts = extra["teacher_texts"]
@@ -213,7 +225,7 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
     _event(project, "resumed", said)
     project.display.note(f"resumed {said}")
     if differences:
-        _describe(project, command)
+        _describe(project, command, resumed=True)
     if saved["threads"] != torch.get_num_threads():
         said = f"the checkpoint was made with {saved['threads']} threads, now there are {torch.get_num_threads()}"
         _event(project, "threads", f"{said}: results can differ in the last bits")
@@ -244,6 +256,10 @@ def _finish(project: Project) -> None:
         best = folder.checkpoints / f"step-{project.best[1]:08d}"
         load_student(models.student, best)
         project.display.note(f"the best validation was after step {project.best[1]}: that student is kept")
+    if project.first is not None and project.best is not None and project.best[0] >= project.first:
+        said = f"by {project.run.validation.select} the student is no better than it was before training"
+        _event(project, "worse", said)
+        project.display.note(f"{said}: try a lower optim.lr, more steps, or optim.warmup_steps")
     save_student(models, folder.student)
     _score_tests(project, models.student, "student")
     if models.teacher is not None and "teacher" in project.run.evaluation.compare:
@@ -292,7 +308,7 @@ def _interruptible(display: Display) -> Generator[threading.Event]:
 
     def ask(_: int, __: FrameType | None) -> None:
         if stop.is_set():
-            display.note("stopped at once; the newest checkpoint stands")
+            display.note("stopped at once; the newest checkpoint stands, if there is one yet")
             raise KeyboardInterrupt  # the command line ends with 130
         stop.set()
         display.note("stopping after this step and saving; press Ctrl-C again to stop at once")

@@ -19,7 +19,7 @@ from .display import Display
 from .errors import ConfigError, Interrupted, TrainingError
 from .evaluation import rouge_l
 from .folder import RunFolder
-from .generation import generate
+from .generation import generate, truncated
 from .methods import Method
 from .models import fingerprint, save_model
 from .rows import Rows, answered, load_rows, read_data
@@ -47,6 +47,7 @@ class Project:
     buffer: ReplayBuffer
     display: Display
     stop: threading.Event
+    first: float | None = None
     best: tuple[float, int] | None = None
     checkpointed: int | None = None
     teacher_texts: dict[str, str] = field(default_factory=dict[str, str])
@@ -79,6 +80,7 @@ def build(
     responses = _responses(run, models, folder, display, stop)
     train, validation = (answered(run, asked, models, responses) for asked in (rows.train, rows.validation))
     tests = {name: answered(run, asked, models, responses, keep=True) for name, asked in rows.tests.items()}
+    _say_cut(run, models, [train, validation, *tests.values()], display)
     return Project(
         run=run,
         folder=folder,
@@ -103,6 +105,16 @@ def _total_steps(run: Run, train: Rows) -> int:
     if warmup >= total:
         raise ConfigError(f"optim.warmup_steps ({warmup}) must be below the {total} steps of train.epochs={epochs}")
     return total
+
+
+def _say_cut(run: Run, models: Models, sets: list[Rows], display: Display) -> None:
+    written = [e for rows in sets for e in rows.examples if e.origin == "teacher"]
+    cut = sum(truncated(e, models.end_ids) for e in written)
+    if cut:
+        display.note(
+            f"{cut} of the teacher's {len(written)} responses are cut at generation.max_new_tokens="
+            f"{run.generation.max_new_tokens} and have no end token to learn"
+        )
 
 
 def steps(project: Project) -> Iterator[Step]:
