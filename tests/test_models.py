@@ -370,3 +370,10 @@ def test_a_fingerprint_tells_weights_apart_whatever_their_size():
     assert fingerprint(large) != first
     assert fingerprint(tiny_causal(seed=1)) == fingerprint(tiny_causal(seed=1))
     assert fingerprint(tiny_causal(seed=1)) != fingerprint(tiny_causal(seed=2))
+
+
+def test_a_mistyped_path_is_not_sought_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="there is no folder runs/nope"):
+        load_model("runs/nope", device="cpu")

@@ -223,3 +223,16 @@ def test_another_place_of_a_test_set_drops_its_scores_alone(made: Path, saved: s
         "a-2-student.json": True,
     }
     assert found["a-student.json"]["num_rows"] == 6
+
+
+def test_prompts_alone_need_no_name_for_their_output(made: Path, tmp_path: Path):
+    asked = [{"question": row["instruction"]} for row in rows(6, output=False)]
+    source = str(write_rows(tmp_path / "asked.jsonl", asked))
+    changes = {**SHORT, "data.train": source, "data.validation": source, "data.test": {"asked": source}}
+    fields = {"instruction": "question", "output": "answer"}
+    named = {"data.fields": fields, "data.template": "Q: {{ question }}\nA: ", "data.responses": "teacher"}
+    display = Heard()
+    project = build(tiny_run(made, tmp_path / "run", changes | named), display)
+    assert {e.origin for e in (*project.train.examples, *project.tests["asked"].examples)} == {"teacher"}
+    assert all(project.tests["asked"].references[e.id] for e in project.tests["asked"].examples)
+    assert any("of the teacher's 18 responses are cut at generation.max_new_tokens=4" in text for text in display.said)

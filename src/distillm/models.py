@@ -226,7 +226,9 @@ def _locate(path: str | Path, gguf_file: str | None) -> tuple[Path, str | None]:
         raise ModelError(f"reading the GGUF file {gguf_file} needs another package: pip install 'distillm[gguf]'")
     if source.is_file():
         raise ModelError(f"{source} is a file: give the folder it is in, or a .gguf file")
-    if not source.is_dir() and (source.is_absolute() or len(source.parts) > 2 or str(path).startswith((".", "~"))):
+    # With a folder here of the owner's name, owner/name is a path that was mistyped.
+    local = source.is_absolute() or str(path).startswith((".", "~")) or len(source.parts) > 2
+    if not source.is_dir() and (local or (len(source.parts) == 2 and source.parent.is_dir())):
         raise ModelError(f"there is no folder {source}: give a model folder, a .gguf file, or a hub name (owner/name)")
     if gguf_file is not None and source.is_dir() and not (source / gguf_file).is_file():
         raise ModelError(f"there is no file {source / gguf_file}")

@@ -79,7 +79,12 @@ def load_rows(run: Run, read: Read, models: Models, note: Note) -> RowSets:
     else:
         train, validation = _held_out(run, train)
         note(f"{len(validation.examples)} rows of {data.train} are held out for validation")
-    tests = {name: rows(source, run.evaluation.limit) for name, source in data.test.items()}
+    # Test rows keep their own responses, where the file has any.
+    answer = task_of(data).fields["output"]
+    tests = {
+        name: rows(source, run.evaluation.limit, asked=asked and not any(answer in row for row in read[source]))
+        for name, source in data.test.items()
+    }
     for found in (train, validation, *tests.values()):
         check_room(models, found.examples, run.generation.max_new_tokens)
     text: list[Example] = []

@@ -79,7 +79,7 @@ class InstructionTask:
         if "{{" not in self.template and "{%" not in self.template:
             raise ConfigError(
                 f"template {self.template!r} is neither a known name ({listed(NAMED)}) nor a Jinja template with "
-                f"{{{{ fields }}}}{_nearest(self.template, NAMED)}"
+                f"{{{{ fields }}}}, given as text, not as a file{_nearest(self.template, NAMED)}"
             )
         try:
             _compile(self.template)
