@@ -181,7 +181,7 @@ def test_a_configuration_that_is_none_is_named(made: Path, source: str, said: st
         ("{{ 10 ** 10 ** 10 if false else cycler.__init__ }}", "unsafe"),
         (
             "alpacca",
-            "neither a known name (alpaca, chat) nor a Jinja template with {{ fields }}, given as text, not as a file; did you mean 'alpaca'?",
+            "neither a known name (alpaca, chat) nor a Jinja template with {{ fields }}, given as text, not as a file",
         ),
         ("chat", "the tokenizer has no chat template"),
     ],
