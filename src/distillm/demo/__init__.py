@@ -52,6 +52,7 @@ def run_demo(output: Path, display: Display, *, quick: bool, teacher: str | None
     count = max(4, min(most, int(left / (sft + distillm))))
     settings["train"]["steps"] = count
     settings["validation"]["every"] = max(1, -(-count // 4))
+    settings["optim"]["warmup_steps"] = min(settings["optim"]["warmup_steps"], count // 8)
     display.note(
         f"a step takes {sft:.1f} s with sft and {distillm:.1f} s with distillm here: "
         f"{count} steps of each, about {clock(count * (sft + distillm) + scoring)} more"
