@@ -109,7 +109,7 @@ def test_warm_up_rises_by_equal_parts_and_then_the_shape_begins() -> None:
     st.integers(1, 40),
     st.integers(0, 45),
     st.floats(1e-6, 1.0),
-    st.floats(0, 1),
+    st.floats(0, 1, allow_subnormal=False),
 )
 def test_learning_rates_stay_between_final_and_peak(
     shape: str, total: int, warmup: int, peak: float, share: float

@@ -211,8 +211,9 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
     project.state.total_steps = total
     extra = saved["extra"]
     # The best by one figure says nothing about another.
-    comparable = extra["best"] is not None and extra["select"] == project.run.validation.select
-    project.best = (extra["best"][0], extra["best"][1]) if comparable else None
+    comparable = extra["select"] == project.run.validation.select
+    best = extra["best"] if comparable else None
+    project.best = None if best is None else (best[0], best[1])
     project.first = extra["first"] if comparable else None
     if not comparable:
         project.folder.forget_eval(system="student")  # of a student that was chosen by another figure
