@@ -31,7 +31,9 @@ def test_both_heads_hold_the_models_own_logits_of_the_same_targets(kind: str) ->
     assert pair.teacher is not None
     assert scored.teacher is not None
     teacher = [z for r in rows for z in naive_logits(pair.teacher, r.teacher_context or r.prompt, r)]
-    torch.testing.assert_close(logits(scored.student), torch.stack(student))
+    # Gemma-2 computes its norms in float32 whatever its own type, and how they round depends on the batch.
+    rounding = {"atol": 1e-5, "rtol": 1e-5} if kind == "gemma2" else {}
+    torch.testing.assert_close(logits(scored.student), torch.stack(student), **rounding)
     torch.testing.assert_close(logits(scored.teacher), torch.stack(teacher))
     marked = [[t for t, mark in zip(r.tokens, r.targets, strict=True) if mark] for r in rows]
     assert scored.labels.tolist() == [t for r in marked for t in r]
