@@ -9,7 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distillm.divergences import DIVERGENCES, forward_kl, jsd, kl, mixture, reverse_kl, skew_kl, skew_reverse_kl
+from distillm.divergences import (
+    DIVERGENCES,
+    adaptive_kl,
+    alpha_beta,
+    forward_kl,
+    head_share,
+    jsd,
+    kl,
+    mixture,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    symmetric_kl,
+)
 
 INF = math.inf
 WEIGHT_OF = {"jsd": "beta", "skew_kl": "alpha", "skew_reverse_kl": "alpha", "symmetric_kl": "weight"}
@@ -35,6 +48,10 @@ def exact_kl(a: list[Decimal], b: list[Decimal]) -> Decimal:
 def exact(name: str, log_p: Tensor, log_q: Tensor, weight: float) -> float:
     """The true value, in arithmetic whose exponent cannot underflow here."""
     p, q = ([Decimal(0) if x == -INF else Decimal(x).exp() for x in row.tolist()] for row in (log_p, log_q))
+    if name == "alpha_beta":
+        return exact_alpha_beta(p, q, 0.2, 0.7)
+    if name == "adaptive_kl":
+        return exact_adaptive_kl(p, q)
     w = Decimal(weight)
     m = [w * x + (1 - w) * y for x, y in zip(p, q, strict=True)]
     reverse_m = [w * y + (1 - w) * x for x, y in zip(p, q, strict=True)]
@@ -48,6 +65,33 @@ def exact(name: str, log_p: Tensor, log_q: Tensor, weight: float) -> float:
         "symmetric_kl": lambda: [(1 - w, exact_kl(p, q)), (w, exact_kl(q, p))],
     }[name]()
     return float(sum((c * value for c, value in terms if c), Decimal(0)))
+
+
+def exact_alpha_beta(p: list[Decimal], q: list[Decimal], a: float, b: float) -> float:
+    alpha, beta = Decimal(a), Decimal(b)
+    total = alpha + beta
+
+    def power(x: Decimal, e: Decimal) -> Decimal:
+        return x**e if x else Decimal(0)
+
+    terms = [
+        (alpha * power(x, total) + beta * power(y, total)) / total - power(x, alpha) * power(y, beta)
+        for x, y in zip(p, q, strict=True)
+    ]
+    return float(sum(terms, Decimal(0)) / (alpha * beta))
+
+
+def exact_adaptive_kl(p: list[Decimal], q: list[Decimal]) -> float:
+    head, mass = set[int](), Decimal(0)
+    for i in sorted(range(len(p)), key=lambda i: -p[i]):
+        if mass >= Decimal("0.5"):
+            break
+        head.add(i)
+        mass += p[i]
+    gaps = [abs(x - y) for x, y in zip(p, q, strict=True)]
+    w = sum((gaps[i] for i in head), Decimal(0)) / sum(gaps) if sum(gaps) > Decimal("1e-300") else Decimal("0.5")
+    parts = [(w, exact_kl(p, q)), (1 - w, exact_kl(q, p))]
+    return float(sum((c * value for c, value in parts if c > Decimal("1e-13")), Decimal(0)))
 
 
 def call(name: str, p: Tensor, q: Tensor, weight: float | Tensor) -> Tensor:
@@ -112,7 +156,7 @@ def test_extreme_logits(name: str, case: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(call(name, log_p[None], log_q[None], rows), value[None])
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "adaptive_kl"])
 @pytest.mark.parametrize("weight", [0.0, 0.1, 0.7, 1.0, torch.tensor([[0.0], [0.3], [1.0]], dtype=torch.float64)])
 def test_gradcheck(name: str, weight: float | Tensor) -> None:
     pair = [x.requires_grad_() for x in log_probabilities(0, 2.0, (3, 5))]
@@ -154,3 +198,53 @@ def test_weights_out_of_range_are_refused(name: str) -> None:
             call(name, p, q, torch.tensor([[0.5], [weight]]))
     with pytest.raises(ValueError, match=r"has shape \(2,\); give one per row"):
         call(name, p, q, torch.tensor([0.1, 0.2]))
+
+
+@given(pair=random_pairs, exponent=st.floats(0.1, 2.0))
+@settings(deadline=None, max_examples=30)
+def test_alpha_beta_has_the_kls_as_its_ends_and_its_limits_are_limits(
+    pair: tuple[Tensor, Tensor], exponent: float
+) -> None:
+    p, q = pair
+    torch.testing.assert_close(alpha_beta(p, q, 1, 0), forward_kl(p, q), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(alpha_beta(p, q, 0, 1), reverse_kl(p, q), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(alpha_beta(p, q, 0, exponent), alpha_beta(q, p, exponent, 0))
+    if p.min() > -20 and q.min() > -20:
+        near = alpha_beta(p, q, exponent, 1e-6)
+        torch.testing.assert_close(alpha_beta(p, q, exponent, 0), near, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.0, 0.4), (1.3, 0.2)])
+def test_alpha_beta_gradcheck(alpha: float, beta: float) -> None:
+    pair = [x.requires_grad_() for x in log_probabilities(0, 2.0, (3, 5))]
+    assert torch.autograd.gradcheck(lambda p, q: alpha_beta(p, q, alpha, beta), pair)
+
+
+def test_alpha_beta_and_adaptive_kl_refuse_what_they_cannot_take() -> None:
+    p, q = log_probabilities(0, 1.0, (2, 3))
+    for alpha, beta in ((-0.1, 1.0), (1.0, -0.1), (0.0, 0.0)):
+        with pytest.raises(ValueError, match="give numbers of at least 0 that are not both 0"):
+            alpha_beta(p, q, alpha, beta)
+    for mass in (0.0, 1.0, 1.5):
+        with pytest.raises(ValueError, match=f"head_mass is {mass}; give a number between 0 and 1"):
+            adaptive_kl(p, q, mass)
+
+
+def test_adaptive_kl_is_a_symmetric_kl_whose_weights_are_held_constant() -> None:
+    p, q = log_probabilities(3, 2.0, (4, 9))
+    share = head_share(p.exp(), q.exp(), 0.5)
+    assert ((share > 0) & (share < 1)).all()
+    leaves = [q.clone().requires_grad_() for _ in range(2)]
+    adaptive_kl(p, leaves[0]).sum().backward()
+    symmetric_kl(p, leaves[1], 1 - share).sum().backward()
+    assert leaves[0].grad is not None
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+
+
+def test_the_head_ends_with_the_token_that_completes_its_mass() -> None:
+    p = torch.tensor([[0.3, 0.4, 0.2, 0.1]])
+    q = torch.tensor([[0.1, 0.3, 0.5, 0.1]])
+    # 0.4 is less than half and 0.4 + 0.3 more: the head is the first two tokens.
+    assert head_share(p, q, 0.5).item() == pytest.approx((0.2 + 0.1) / 0.6)
+    assert head_share(p, q, 0.3).item() == pytest.approx(0.1 / 0.6)
+    assert head_share(p, p, 0.5).item() == 0.5

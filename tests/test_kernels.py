@@ -164,6 +164,36 @@ def test_closed_forms_are_eager_at_extreme_logits(name: str, dtype: torch.dtype)
         torch.testing.assert_close(fused[2], eager[2], rtol=1e-4, atol=tolerance)
 
 
+@pytest.mark.parametrize("head", [{}, {"bias": True, "scale": 1.7, "softcap": 3.0}, {"raw": True}], ids=str)
+@pytest.mark.parametrize("top_k", [1, 5, 99, 100, 500])
+@pytest.mark.parametrize("name", [*DIVERGENCES, "user-written"])
+def test_buckets_are_eager_and_a_bucket_for_every_token_changes_nothing(
+    name: str, top_k: int, head: dict[str, Any]
+) -> None:
+    divergence = jeffreys_half if name == "user-written" else name
+    teacher, student = make_head(1, (13, 101, 5)), make_head(2, (13, 101, 6), **head)
+    weights = torch.rand(13, dtype=torch.float64)
+    loss = partial(linear_divergence, divergence, teacher, student, weights, per_row=True)
+    assert_matches_eager(partial(loss, top_k=top_k), student)
+    whole, coarse = loss()[1], loss(top_k=top_k)[1]
+    assert torch.equal(whole, coarse) == (top_k >= 100)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.0, 0.4), (0.3, 0.0)])
+def test_exponents_of_alpha_beta(alpha: float, beta: float) -> None:
+    teacher, student = make_head(1, (29, 31, 4)), make_head(2, (29, 31, 6), bias=True)
+    weights = torch.rand(29, dtype=torch.float64)
+    loss = partial(linear_divergence, "alpha_beta", teacher, student, weights, per_row=True, alpha=alpha, beta=beta)
+    assert_matches_eager(loss, student)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_a_head_at_a_temperature_has_the_logits_divided_by_it(head: dict[str, Any]) -> None:
+    cold = make_head(1, (5, 7, 3), **head)
+    torch.testing.assert_close(logits(cold.at(2.5)), logits(cold) / 2.5)
+    assert cold.at(1.0) is cold
+
+
 def test_labels_without_mass() -> None:
     student = Head(torch.tensor([[0.0, -math.inf, 1e4], [1e4, -1e4, 0.0]], requires_grad=True), None)
     assert_matches_eager(

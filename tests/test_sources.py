@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 
 from distillm.methods import REPLAY_RATIO
 from distillm.schedules import constant
-from distillm.sources import Draw, ReplayBuffer, Source, beside, dataset, keyed, off_policy, steps_per_epoch
+from distillm.sources import (
+    Draw,
+    Replay,
+    ReplayBuffer,
+    Source,
+    beside,
+    dataset,
+    keyed,
+    paired,
+    steps_per_epoch,
+    student_rows,
+)
 from distillm.types import Example, State, answer
 from rows import row, text_row
 
@@ -25,8 +36,9 @@ def numbered(prompts: Sequence[Example], state: State) -> list[Example]:
 def replaying(buffer: ReplayBuffer, phi: float, ratio: Any = 0.5, batch: int = 4, seed: int = 7, **rest: Any) -> Source:
     schedule: Callable[[State], float] = ratio if callable(ratio) else constant(ratio)
     data = dataset(ROWS, batch, seed)
-    rest = {"end_ids": [1]} | rest
-    return off_policy(data, numbered, buffer, probability=constant(phi), replay_ratio=schedule, seed=seed, **rest)
+    end_ids = rest.pop("end_ids", [1])
+    replay = Replay(buffer, schedule, **rest)
+    return student_rows(data, numbered, probability=constant(phi), seed=seed, end_ids=end_ids, replay=replay)
 
 
 def run(source: Source, steps: int, total: int | None = None) -> list[Draw]:
@@ -113,9 +125,8 @@ def test_the_buffer_keeps_the_newest_rows_and_no_more_than_its_capacity(capacity
         seen.extend(numbered(prompts, state))
         return numbered(prompts, state)
 
-    source = off_policy(
-        dataset(ROWS, 4, 0), watched, buffer, probability=constant(0.8), replay_ratio=constant(0.5), seed=0, end_ids=[1]
-    )
+    replay = Replay(buffer, constant(0.5))
+    source = student_rows(dataset(ROWS, 4, 0), watched, probability=constant(0.8), seed=0, end_ids=[1], replay=replay)
     for step in range(120):
         drawn = source(State(step, 120))
         assert list(buffer.rows) == seen[-capacity:] if seen else not buffer.rows
@@ -202,3 +213,52 @@ def test_beside_adds_the_other_rows_and_keeps_the_figures() -> None:
     assert drawn.batch == "generated"
     assert drawn.figures["buffer"] == 4
     assert [r.origin for r in drawn.rows] == ["student"] * 4 + ["text"] * 2
+
+
+def test_without_replay_every_student_step_generates_and_nothing_is_kept() -> None:
+    source = student_rows(dataset(ROWS, 4, 7), numbered, probability=constant(0.4), seed=7, end_ids=[1])
+    draws = run(source, 2000)
+    kinds = [d.batch for d in draws]
+    assert set(kinds) == {"generated", "dataset"}
+    assert abs(kinds.count("generated") - 800) <= 3.2905 * math.sqrt(2000 * 0.4 * 0.6)
+    for step, drawn in enumerate(draws):
+        assert {r.born for r in drawn.rows} <= {step if drawn.batch == "generated" else 0}
+        assert "buffer" not in drawn.figures
+
+
+def pairing(buffer: ReplayBuffer, log: list[tuple[str, int]]) -> Source:
+    def write(who: Any) -> Any:
+        def answers(prompts: Sequence[Example], state: State) -> list[Example]:
+            log.append((who, len(prompts)))
+            return [answer(p, [state.step, i], who, state.step) for i, p in enumerate(prompts)]
+
+        return answers
+
+    return paired(dataset(ROWS, 4, 7), 4, write("student"), write("teacher"), buffer, [1])
+
+
+def test_pairs_are_written_once_an_epoch_and_hold_both_writers_for_each_prompt() -> None:
+    buffer, log = ReplayBuffer(2 * len(ROWS)), list[tuple[str, int]]()
+    draws = run(pairing(buffer, log), 10)
+    assert [d.batch for d in draws] == ["generated" if step in (0, 4, 8) else "replayed" for step in range(10)]
+    # The last epoch is cut short after two steps, so only their prompts are answered.
+    assert log == [("student", 13), ("teacher", 13)] * 2 + [("student", 8), ("teacher", 8)]
+    data = dataset(ROWS, 4, 7)
+    for step, drawn in enumerate(draws):
+        prompts = [r.id for r in data(State(step)).rows]
+        assert [r.id for r in drawn.rows] == [i for i in prompts for _ in range(2)]
+        assert [r.origin for r in drawn.rows] == ["teacher", "student"] * len(prompts)
+        assert {r.born for r in drawn.rows} == {step // 4 * 4}
+
+
+def test_pairs_go_on_from_the_buffer_and_are_written_again_where_it_lacks_some() -> None:
+    buffer, log = ReplayBuffer(2 * len(ROWS)), list[tuple[str, int]]()
+    source = pairing(buffer, log)
+    draws = [source(State(step, 3)) for step in range(3)]
+    other, again = ReplayBuffer(2 * len(ROWS)), list[tuple[str, int]]()
+    other.rows.extend(buffer.rows)  # what a checkpoint keeps
+    resumed = pairing(other, again)
+    assert resumed(State(2, 3)) == draws[2]
+    assert not again
+    assert resumed(State(3, 8)).batch == "generated"  # the run was made longer
+    assert again == [("student", 1), ("teacher", 1)]

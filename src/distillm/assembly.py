@@ -4,8 +4,9 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -15,9 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import methods, sources
+from .adapters import AdapterOff, add_adapter
 from .config import Run
 from .errors import ConfigError, ModelError
-from .generation import Sampling, generate
+from .generation import Mixture, Sampling, generate
+from .method_settings import Distillation, Distillm2, MiniLlm
 from .methods import Context, Method
 from .models import freeze, head_of, load_model, load_tokenizer, shrink
 from .scoring import Pair
@@ -27,6 +30,8 @@ from .types import Example, State
 from .vocabulary import end_ids, padded_note, shared_tokens
 
 Note = Callable[[str], None]
+Phase = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
+"""A piece of work by name and size; what it gives is told the units done."""
 
 
 @dataclass
@@ -47,7 +52,7 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
         ModelError: a model cannot be loaded, or the two do not share a tokenizer.
     """
     teacher, teacher_tokenizer = None, None
-    if run.teacher is not None:
+    if run.teacher is not None and not run.teacher.adapter_off:
         note(f"loading the teacher {run.teacher.path}")
         teacher = freeze(_load(run.teacher, accelerator, run.seed))
         teacher_tokenizer = _tokenizer(run.teacher, None)
@@ -57,6 +62,10 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
         student = shrink(teacher, given.layers, dropout=given.dropout).to(getattr(torch, given.dtype))  # pyright: ignore[reportArgumentType]
     else:
         student = _load(given, accelerator, run.seed, teacher_tokenizer)
+    if given.lora is not None:
+        student = add_adapter(student, **given.lora.model_dump(exclude={"merge"}), seed=run.seed)
+    if run.teacher is not None and run.teacher.adapter_off:
+        teacher = cast(PreTrainedModel, AdapterOff(student))
     tokenizer = _tokenizer(given, teacher_tokenizer)
     num_tokens = shared_tokens(tokenizer, teacher_tokenizer or tokenizer)
     for name, model in (("student", student), ("teacher", teacher)):
@@ -75,7 +84,8 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
         # Transformers 5 renames it on the way.
         enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    student.requires_grad_(True)
+    if given.lora is None:
+        student.requires_grad_(True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         read_student, read_teacher = head_of(student), None if teacher is None else head_of(teacher)
@@ -96,28 +106,65 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
     return Models(tokenizer, student, teacher, pair, ends)
 
 
+def make_buffer(run: Run, num_prompts: int) -> ReplayBuffer:
+    """As large as the run's method needs; DistiLLM-2 keeps an epoch's responses, two for each prompt."""
+    if isinstance(run.method, Distillm2):
+        return ReplayBuffer(2 * num_prompts)
+    replays = isinstance(run.method, Distillation | MiniLlm) and run.method.replays
+    return ReplayBuffer(run.method.capacity if isinstance(run.method, Distillation | MiniLlm) and replays else 1)
+
+
 def make_method(
-    run: Run, models: Models, train: Sequence[Example], text: Sequence[Example], buffer: ReplayBuffer
+    run: Run,
+    models: Models,
+    train: Sequence[Example],
+    text: Sequence[Example],
+    buffer: ReplayBuffer,
+    phase: Phase | None = None,
 ) -> Method:
-    """The run's method over ``train``, with the language-model loss on ``text`` where there is any."""
+    """The run's method over ``train``, with the language-model loss on ``text`` where there is any.
+
+    ``phase`` shows the progress of writing more than a step's responses at once.
+    """
     sampling = make_sampling(run)
 
-    def student_answers(prompts: Sequence[Example], state: State) -> list[Example]:
-        return generate(
-            models.student,
-            prompts,
-            sampling,
-            pad_id=models.pair.pad_id,
-            end_ids=models.end_ids,
-            num_tokens=models.pair.num_tokens,
-            seed=run.seed,
-            step=state.step,
-            batch_size=run.generation.batch_size,
-        )
+    def write(
+        prompts: Sequence[Example],
+        state: State,
+        *,
+        writer: Literal["student", "teacher"] = "student",
+        teacher_mix: float = 0.0,
+        keep_log_probs: bool = False,
+    ) -> list[Example]:
+        model = models.student if writer == "student" else models.teacher
+        assert model is not None
+        mixture = None
+        if teacher_mix:
+            assert models.teacher is not None
+            mixture = Mixture(models.teacher, teacher_mix)
+        bulk = phase is not None and len(prompts) > run.train.batch_size
+        with phase(f"{writer}'s responses", len(prompts)) if bulk and phase else nullcontext() as advance:
+            return generate(
+                model,
+                prompts,
+                sampling,
+                pad_id=models.pair.pad_id,
+                end_ids=models.end_ids,
+                num_tokens=models.pair.num_tokens,
+                seed=run.seed,
+                step=state.step,
+                origin=writer,
+                batch_size=run.generation.batch_size,
+                progress=advance,
+                mixture=mixture,
+                keep_log_probs=keep_log_probs,
+            )
 
     data = sources.dataset(train, run.train.batch_size, run.seed)
-    settings = run.method.model_dump(exclude={"name", "capacity", "trigger"}, exclude_none=True)
-    context = Context(data, student_answers, buffer, run.seed, models.end_ids)
+    left_out = {"name", "capacity", "trigger"}
+    settings = run.method.model_dump(exclude=left_out, exclude_none=not isinstance(run.method, MiniLlm))
+    per_epoch = sources.steps_per_epoch(len(train), run.train.batch_size)
+    context = Context(data, per_epoch, write, buffer, run.seed, models.end_ids)
     method = methods.METHODS[run.method.name](context, **settings)
     if not text:
         return method

@@ -127,7 +127,7 @@ def load_checkpoint(
         generators = load_file(checkpoint / "generators.safetensors")
         load_student(student, checkpoint)
         _restore_moments(optimizer, moments)
-        for name in ("step", "total_steps", "validation"):
+        for name in ("step", "total_steps", "validation", "observed"):
             setattr(state, name, saved["state"][name])
         buffer.rows.clear()
         buffer.rows.extend(Example(**row) for row in saved["buffer"])
@@ -167,12 +167,16 @@ def _whole(checkpoint: Path) -> Generator[None]:
 
 
 def _student_tensors(student: nn.Module) -> dict[str, Tensor]:
+    # Of a model with an adapter only what is trained: the rest is where it came from.
+    trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    whole = all(parameter.requires_grad for parameter in student.parameters())
     # Tied weights are one tensor under two names, which safetensors refuses: the first name keeps it.
     seen: dict[int, str] = {}
     return {
         name: tensor.detach().contiguous()
         for name, tensor in student.state_dict().items()
-        if seen.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name) == name
+        if (whole or name in trained)
+        and seen.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name) == name
     }
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from . import __version__
 from .config import Run, load_run, make_run, read_yaml, recipes
-from .errors import ConfigError, DataError, DistillmError, StorageError
+from .errors import ConfigError, DataError, DistillmError, StorageError, TrainingError
 
 EXIT_CODES = """
 Exit codes: 0 done · 1 a defect of distillm (with a traceback; please report it) · 2 a setting, file or model cannot be
@@ -84,6 +84,41 @@ def train(
     folder = distill(run, display, "distillm " + " ".join(sys.argv[1:]))
     if list((folder / "eval").glob("*.json")):
         _show_comparison([folder])
+
+
+@app.command()
+def sweep(
+    source: Annotated[str, typer.Argument(metavar="YAML|RECIPE", help="What the runs share.")],
+    overrides: Annotated[
+        list[str], typer.Argument(metavar="KEY=VALUE[,VALUE]...", help="Settings, with all their values.")
+    ],
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which runs there would be.")] = False,
+) -> None:
+    """Make every combination of settings, and end in one table with mean and spread over seeds.
+
+    \b
+    distillm sweep run.yaml method.name=sft,kd,gkd,distillm seed=1,2,3 output=runs/methods
+    distillm sweep run.yaml method.alpha=0,0.01,0.1,0.3 --jobs 2
+
+    Finished runs are not repeated: after an interruption the same command goes on.
+    """
+    from .sweep import cells_of, run_sweep, write_table
+
+    cells = cells_of(source, overrides)
+    if dry_run:
+        typer.echo("\n".join(cell.run.output for cell in cells))
+        return
+    from .display import Display
+
+    finished, failed = run_sweep(cells, Display(), jobs)
+    folder = Path(cells[0].run.output).parent
+    if finished:
+        _console().print(write_table(finished, folder))
+        typer.echo(f"table: {folder / 'table.md'}")
+    if failed:
+        said = "\n".join(f"  {Path(name).name}: {text.splitlines()[0]}" for name, text in failed.items())
+        raise TrainingError(f"{len(failed)} of {len(cells)} runs failed:\n{said}")
 
 
 @app.command("eval")

@@ -9,44 +9,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError
 from .explain import explain, flat, takes_section, takes_text
+from .method_settings import (
+    Distillation,
+    Distillm,
+    DivergenceName,
+    Fraction,
+    Method,
+    MiniLlm,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):  # which pydantic would take for 0 or 1, and YAML reads yes and on so
-        raise ValueError(f"must be a number; given: {str(value).lower()}")
-    return value
-
-
-Number = BeforeValidator(_number)
-PositiveInt = Annotated[int, Field(gt=0), Number]
-NonNegativeInt = Annotated[int, Field(ge=0), Number]
-PositiveFloat = Annotated[float, Field(gt=0), Number]
-NonNegativeFloat = Annotated[float, Field(ge=0), Number]
-Fraction = Annotated[float, Field(ge=0, le=1), Number]
 Decay = Annotated[float, Field(ge=0, lt=1), Number]
-DivergenceName = Literal[
-    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "symmetric_kl"
-]
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    """A part of the configuration; unknown keys are errors."""
-
-    model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
 
 
 class Model(Section):
@@ -64,6 +47,35 @@ class Model(Section):
     """Let the model folder run its own Python code. Only for authors you trust."""
 
 
+class Lora(Section):
+    """A low-rank adapter: all that is trained."""
+
+    r: PositiveInt = 16
+    """Its rank."""
+    alpha: PositiveFloat = 32
+    """Its scale: what it adds is multiplied by alpha / r."""
+    dropout: Decay = 0.0
+    """Dropout before it, in training."""
+    targets: list[str] | None = None
+    """The linear layers that get one, by the last part of their names; all but the output layer unless set."""
+    merge: bool = True
+    """Save the student with its adapter merged into the weights; false saves the adapter alone, beside its base."""
+
+
+class Teacher(Model):
+    """The model that is imitated."""
+
+    adapter_off: bool = False
+    """Self-distillation: the student without its adapter is the teacher. It may read more than the student does, see
+    data.teacher_system and data.teacher_template."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Teacher":
+        if self.adapter_off and self.path is not None:
+            raise ValueError("give path or adapter_off, not both: with adapter_off the student is the teacher")
+        return self
+
+
 class Student(Model):
     """The model that is trained: exactly one of `path`, `config` and `layers`."""
 
@@ -76,6 +88,8 @@ class Student(Model):
     """Initialise the student with so many of the teacher's layers, evenly spaced, or with these ones."""
     dropout: Fraction | None = None
     """Every dropout of the model; unset leaves the model's own."""
+    lora: Lora | None = None
+    """Train a low-rank adapter in place of the weights; {} takes its defaults."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Student":
@@ -85,6 +99,8 @@ class Student(Model):
             raise ValueError(f"give exactly one of path, config and layers (found {found})")
         if self.gguf_file is not None and self.path is None:
             raise ValueError(f"gguf_file is a file inside path, and {given[0]} is given instead; leave gguf_file out")
+        if self.lora is not None and not self.lora.merge and self.path is None:
+            raise ValueError(f"lora.merge=false needs a base that others can load, and {given[0]} is none; merge it")
         if self.trust_remote_code and self.layers is not None and self.tokenizer is None:
             raise ValueError("with layers no code but the teacher's runs; give teacher.trust_remote_code instead")
         return self
@@ -125,6 +141,10 @@ class Data(Section):
     """`alpaca`, `chat` (the tokenizer's own chat template), or a Jinja template that sees the row's fields."""
     system: str | None = None
     """A system message, with the chat template."""
+    teacher_system: str | None = None
+    """A system message that only the teacher reads, in place of `system`."""
+    teacher_template: str | None = None
+    """A template for what the teacher reads, where it is to see more than the student; like `template`."""
     fields: dict[str, str] = {}
     """Your names for the fields: {instruction: question, output: answer}."""
     max_prompt: PositiveInt = 256
@@ -158,75 +178,6 @@ class Data(Section):
                     f"test: {name!r} cannot name a file of scores; use letters, digits and _ - . (no sign but _ first)"
                 )
         return self
-
-
-class Sft(Section):
-    """Supervised fine-tuning: cross-entropy on the responses."""
-
-    name: Literal["sft"] = "sft"
-    """Supervised fine-tuning."""
-
-
-class Skewed(Section):
-    """The divergence between teacher p and student q."""
-
-    divergence: DivergenceName
-    """The divergence, teacher first."""
-    alpha: Annotated[float, Field(ge=0, lt=1), Number] | None = None
-    """Skew of skew_kl and skew_reverse_kl (0.1 unless set): the weight of the first argument inside the mixture."""
-    beta: Annotated[float, Field(gt=0, lt=1), Number] | None = None
-    """Mixing weight of jsd (0.5 unless set)."""
-    weight: Fraction | None = None
-    """Share of the reverse KL in symmetric_kl (0.5 unless set)."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> "Skewed":
-        owners = {"alpha": ("skew_kl", "skew_reverse_kl"), "beta": ("jsd",), "weight": ("symmetric_kl",)}
-        for name, divergences in owners.items():
-            if getattr(self, name) is not None and self.divergence not in divergences:
-                raise ValueError(f"{name} belongs to {' and '.join(divergences)}, not to {self.divergence}")
-        return self
-
-
-class Kd(Skewed):
-    """Knowledge distillation on the dataset's responses."""
-
-    name: Literal["kd"] = "kd"
-    """Knowledge distillation."""
-    divergence: DivergenceName = "forward_kl"
-    """The divergence, teacher first; KL(p||q) as published."""
-    kd_weight: Fraction = 1.0
-    """Weight of the divergence; the rest is cross-entropy."""
-
-
-class Distillm(Skewed):
-    """DistiLLM: a skew KL on adaptively chosen, mostly replayed student responses (arXiv:2402.03898)."""
-
-    name: Literal["distillm"] = "distillm"
-    """DistiLLM."""
-    divergence: DivergenceName = "skew_kl"
-    """skew_kl or skew_reverse_kl as published; any other as an ablation."""
-    initial_probability: Fraction = 0.0
-    """The probability of training on student responses, at first."""
-    increment: Fraction = 0.1
-    """How much it is raised when validation gets worse."""
-    tolerance: NonNegativeFloat = 0.1
-    """How much worse validation must get, in units of what `trigger` monitors."""
-    reference: Literal["previous", "last_increase", "best"] = "previous"
-    """What validation is compared with: the one before (the paper), the last raise (the authors' code), the best."""
-    trigger: Literal["validation_loss", "validation_divergence", "rouge_l"] = "validation_loss"
-    """What is monitored; a fall of rouge_l counts as worse."""
-    capacity: PositiveInt = 1000
-    """Rows of the replay buffer."""
-    replay_ratio: Literal["decreasing", "constant", "increasing"] = "decreasing"
-    """The share of student steps that generate anew: 1 - t/T, 0.5, or t/T. The others replay."""
-    fill_first: bool = False
-    """Generate at every student step until the buffer is full (the authors' code)."""
-    train_on_fresh: bool = False
-    """Train on the newly generated rows themselves, not on a sample of the buffer (the authors' code)."""
-
-
-Method = Annotated[Sft | Kd | Distillm, Field(discriminator="name")]
 
 
 class Generation(Section):
@@ -343,12 +294,12 @@ class Run(Section):
 
     student: Student
     """The model that is trained."""
-    teacher: Model | None = None
+    teacher: Teacher | None = None
     """The model that is imitated; sft alone needs none."""
     data: Data
     """Where the rows are and how they are read."""
     method: Method = Distillm()
-    """What is trained: sft, kd or distillm."""
+    """What is trained: sft, seqkd, kd, imitkd, gkd, minillm, distillm or distillm2."""
     generation: Generation = Generation()
     """How responses are sampled."""
     optim: Optim = Optim()
@@ -376,6 +327,11 @@ class Run(Section):
     provenance: dict[str, Any] | None = None
     """Written by the tool into a run's own run.yaml: versions, command, machine. Never read by training."""
 
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether the training responses are the teacher's."""
+        return self.data.responses == "teacher" or self.method.name == "seqkd"
+
     @model_validator(mode="after")
     def _numbers_fit(self) -> "Run":
         if self.train.steps is not None and self.optim.warmup_steps >= self.train.steps:
@@ -383,9 +339,10 @@ class Run(Section):
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below train.steps ({self.train.steps}), or "
                 "the learning rate never reaches optim.lr"
             )
-        if isinstance(self.method, Distillm) and self.method.capacity < self.train.batch_size:
+        method = self.method
+        if isinstance(method, Distillation | MiniLlm) and method.replays and method.capacity < self.train.batch_size:
             raise ValueError(
-                f"method.capacity ({self.method.capacity}) must be at least train.batch_size "
+                f"method.capacity ({method.capacity}) must be at least train.batch_size "
                 f"({self.train.batch_size}): a student step draws a whole batch from the replay buffer"
             )
         return self
@@ -399,7 +356,10 @@ class Run(Section):
             "validation.select=divergence": self.validation.select == "divergence",
         }
         needs = [name for name, holds in reasons.items() if holds]
-        if needs and (self.teacher is None or self.teacher.path is None):
+        own = self.teacher is not None and self.teacher.adapter_off
+        if own and (self.student.lora is None or self.student.layers is not None):
+            raise ValueError("teacher.adapter_off needs student.lora, and a student of its own (path or config)")
+        if needs and not own and (self.teacher is None or self.teacher.path is None):
             raise ValueError(f"teacher.path is missing, and {needs[0]} needs a teacher")
         return self
 

@@ -1,10 +1,11 @@
 """Prompts -> responses. Every row draws from its own random stream, whatever batch it is generated in."""
 
 import hashlib
+import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -62,14 +63,49 @@ def draw(logits: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Draw from ``share`` times ``model``'s distribution and the rest the generating model's own: the next-token
+    distribution of teacher-mixed sampling (MiniLLM, arXiv:2306.08543)."""
+
+    model: PreTrainedModel
+    share: float
+
+
+class _Mix:
+    """A logits processor that turns one model's logits into the log-probabilities of a ``Mixture``."""
+
+    def __init__(self, mixture: Mixture, mask: Tensor, num_tokens: int):
+        self.mixture, self.mask, self.num_tokens, self.cache = mixture, mask, num_tokens, None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        new = input_ids if self.cache is None else input_ids[:, -1:]
+        grown = input_ids.shape[1] - self.mask.shape[1]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), grown)], 1)
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        out: Any = self.mixture.model(
+            input_ids=new,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = out.past_key_values
+        other, own = (x[:, : self.num_tokens].float().log_softmax(-1) for x in (out.logits[:, -1], scores))
+        return torch.logaddexp(other + math.log(self.mixture.share), own + math.log1p(-self.mixture.share))
+
+
 class _Choose:
     """A logits processor that leaves one token possible: the greedy one, or the row's own draw.
 
     ``bad`` ``[B]`` is the first position without a finite largest logit, ``max_new_tokens`` where there is none. There
     the row gets ``stop``, and nobody waits for the device: who called `generate` looks once, afterwards.
+    ``log_probs``, where kept, are those of the chosen tokens, a tensor ``[B]`` a position.
     """
 
-    def __init__(self, sampling: Sampling, draws: Tensor, num_tokens: int, stop: int):
+    def __init__(self, sampling: Sampling, draws: Tensor, num_tokens: int, stop: int, keep: bool = False):
+        self.log_probs: list[Tensor] | None = [] if keep else None
         self.sampling, self.draws, self.num_tokens, self.stop, self.position = sampling, draws, num_tokens, stop, 0
         self.bad = torch.full((len(draws),), sampling.max_new_tokens, device=draws.device)
 
@@ -84,6 +120,10 @@ class _Choose:
         bad = ~logits.amax(-1).isfinite()
         self.bad = torch.where(bad, self.bad.clamp(max=self.position), self.bad)
         chosen = chosen.masked_fill(bad, self.stop)
+        if self.log_probs is not None:
+            greedy = self.sampling.temperature == 0  # which draws its token with certainty
+            drawn = logits.log_softmax(-1).gather(-1, chosen[:, None]).squeeze(-1)
+            self.log_probs.append(torch.zeros_like(drawn) if greedy else drawn)
         self.position += 1
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
 
@@ -101,11 +141,14 @@ def generate(
     origin: Origin = "student",
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
+    mixture: Mixture | None = None,
+    keep_log_probs: bool = False,
 ) -> list[Example]:
     """Answer each prompt with ``model``, in input order.
 
     A response ends with the end token that occurred; one cut by ``max_new_tokens`` has none. Prompts are batched by
-    length. ``progress`` is called with the number of rows finished so far.
+    length. ``progress`` is called with the number of rows finished so far. ``mixture`` draws from a second model as
+    well, ``keep_log_probs`` keeps the log-probability with which each token was drawn.
 
     Raises:
         TrainingError: the model's logits are not finite.
@@ -116,11 +159,11 @@ def generate(
         rows = order[at : at + batch_size]
         contexts = [_context(prompts[i], origin) for i in rows]
         draws = np.stack([uniforms(seed, step, prompts[i].id, sampling.max_new_tokens) for i in rows])
-        responses, bad = _respond(model, contexts, sampling, draws, pad_id, end_ids, num_tokens)
-        if any(bad):
-            raise _not_finite([prompts[i].id for i in rows], sum(bad))
-        for i, response in zip(rows, responses, strict=True):
-            answers[i] = answer(prompts[i], response, origin, step)
+        drawn = _respond(model, contexts, sampling, draws, pad_id, end_ids, num_tokens, mixture, keep_log_probs)
+        if any(drawn.bad):
+            raise _not_finite([prompts[i].id for i in rows], sum(drawn.bad))
+        for i, response, log_probs in zip(rows, drawn.responses, drawn.log_probs, strict=True):
+            answers[i] = answer(prompts[i], response, origin, step, log_probs)
         if progress is not None:
             progress(len(answers))
     return [answers[i] for i in range(len(prompts))]
@@ -136,6 +179,14 @@ def _context(prompt: Example, origin: Origin) -> list[int]:
     return prompt.teacher_context or [] if privileged else prompt.prompt
 
 
+class _Drawn(NamedTuple):
+    """Responses, whether the logits of one of a response's tokens were not finite, and what was kept of them."""
+
+    responses: list[list[int]]
+    bad: list[bool]
+    log_probs: list[list[float] | None]
+
+
 @torch.no_grad()
 def _respond(
     model: PreTrainedModel,
@@ -145,15 +196,17 @@ def _respond(
     pad_id: int,
     end_ids: Sequence[int],
     num_tokens: int,
-) -> tuple[list[list[int]], list[bool]]:
-    """The responses, and whether the logits of one of its tokens were not finite."""
+    mixture: Mixture | None,
+    keep_log_probs: bool,
+) -> _Drawn:
     device = model.device
     longest = max(len(c) for c in contexts)
     ids = torch.tensor([[pad_id] * (longest - len(c)) + c for c in contexts], device=device)
     mask = torch.tensor([[0] * (longest - len(c)) + [1] * len(c) for c in contexts], device=device)
     dtype = torch.float32 if device.type == "mps" else torch.float64
     stop = next(iter(end_ids), 0)
-    choose = _Choose(sampling, torch.from_numpy(draws).to(device=device, dtype=dtype), num_tokens, stop)
+    choose = _Choose(sampling, torch.from_numpy(draws).to(device=device, dtype=dtype), num_tokens, stop, keep_log_probs)
+    mixed = [] if mixture is None else [_Mix(mixture, mask, num_tokens)]
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=sampling.max_new_tokens,
@@ -166,11 +219,16 @@ def _respond(
             inputs=ids,
             attention_mask=mask,
             generation_config=settings,
-            logits_processor=LogitsProcessorList([choose]),
+            logits_processor=LogitsProcessorList([*mixed, choose]),
         )
     responses = [_until_end(row, end_ids) for row in out[:, longest:].tolist()]
     # What comes after a row's end is not looked at.
-    return responses, [at < len(row) for at, row in zip(choose.bad.tolist(), responses, strict=True)]
+    bad = [at < len(row) for at, row in zip(choose.bad.tolist(), responses, strict=True)]
+    kept: list[list[float] | None] = [None] * len(responses)
+    if choose.log_probs is not None:
+        rows = torch.stack(choose.log_probs, 1).tolist()
+        kept = [values[: len(row)] for values, row in zip(rows, responses, strict=True)]
+    return _Drawn(responses, bad, kept)
 
 
 def _not_finite(ids: list[str], bad: int) -> TrainingError:

@@ -5,8 +5,7 @@ Only ``train.py`` divides, by the count over all micro-batches of the step.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,10 +14,13 @@ from .divergences import Divergence
 from .kernels import linear_cross_entropy, linear_divergence
 from .schedules import Schedule, constant
 from .scoring import Scored
-from .types import Example, Origin
+from .types import Example, Head, Origin
 
 RESPONSES: frozenset[Origin] = frozenset({"data", "student", "teacher"})
 TEXT: frozenset[Origin] = frozenset({"text"})
+REFERENCES: frozenset[Origin] = frozenset({"data", "teacher"})
+STUDENT: frozenset[Origin] = frozenset({"student"})
+TEACHER: frozenset[Origin] = frozenset({"teacher"})
 ALWAYS = constant(1.0)
 
 
@@ -44,14 +46,7 @@ Loss = tuple[Term, ...]
 
 
 def _nll(scored: Scored) -> Tensor:
-    ones = torch.ones(len(scored.labels), device=scored.labels.device)
-    return linear_cross_entropy(scored.student, scored.labels, ones)
-
-
-def _divergence(divergence: str | Divergence, parameters: dict[str, float], scored: Scored) -> Tensor:
-    assert scored.teacher is not None
-    ones = torch.ones(len(scored.labels), device=scored.labels.device)
-    return linear_divergence(divergence, scored.teacher, scored.student, ones, **cast(dict[str, Any], parameters))
+    return linear_cross_entropy(scored.student, scored.labels, torch.ones_like(scored.labels, dtype=torch.float32))
 
 
 def nll(name: str = "cross_entropy", origins: frozenset[Origin] = RESPONSES) -> Loss:
@@ -59,10 +54,42 @@ def nll(name: str = "cross_entropy", origins: frozenset[Origin] = RESPONSES) -> 
     return (Term(name, _nll, origins=origins),)
 
 
-def distill(divergence: str | Divergence, **parameters: float) -> Loss:
-    """``D(p, q)`` per target token, p the teacher and q the student."""
+def distill(
+    divergence: str | Divergence,
+    *,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    top_k: int | None = None,
+    **parameters: float,
+) -> Loss:
+    """``D(p, q)`` per target token, p the teacher and q the student, both at ``temperature``.
+
+    ``temperature_squared`` multiplies by its square, which keeps the size of the gradient (Hinton et al., 2015,
+    arXiv:1503.02531). ``top_k`` merges all tokens but the teacher's likeliest into one bucket.
+    """
+    factor = temperature**2 if temperature_squared else 1.0
+
+    def total(scored: Scored) -> Tensor:
+        teacher, student = at_temperature(scored, temperature)
+        weights = torch.full_like(scored.labels, factor, dtype=torch.float32)
+        return linear_divergence(divergence, teacher, student, weights, top_k=top_k, **parameters)
+
     name = divergence if isinstance(divergence, str) else divergence.__name__
-    return (Term(name, partial(_divergence, divergence, parameters), reads_teacher=True),)
+    return (Term(name, total, reads_teacher=True),)
+
+
+def at_temperature(scored: Scored, temperature: float = 1.0) -> tuple[Head, Head]:
+    """The teacher's head and the student's, of the logits divided by ``temperature``."""
+    assert scored.teacher is not None
+    return scored.teacher.at(temperature), scored.student.at(temperature)
+
+
+def response_log_probs(scored: Scored) -> tuple[Tensor, Tensor]:
+    """``log p(y_t)`` and ``log q(y_t)`` of the target tokens, ``[N]`` each and without gradients."""
+    heads, ones = at_temperature(scored), torch.ones_like(scored.labels, dtype=torch.float32)
+    with torch.no_grad():
+        p, q = (-linear_cross_entropy(head, scored.labels, ones, per_row=True)[1] for head in heads)
+    return p, q
 
 
 def scaled(weight: float | Schedule, loss: Loss) -> Loss:

@@ -1,11 +1,34 @@
 """The methods. Each is a source of rows and a loss on them, and nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 from . import schedules, sources
-from .losses import TEXT, Loss, distill, nll, scaled
-from .sources import Generate, ReplayBuffer, Source
+from .contrastive import contrastive
+from .losses import REFERENCES, TEXT, Loss, distill, nll, scaled
+from .policy_gradient import Importance, policy_gradient
+from .schedules import Schedule
+from .sources import Replay, ReplayBuffer, Source
+from .types import Example, State
+
+Sampling = Literal["none", "on_policy", "mixed", "adaptive", "adaptive_off_policy"]
+
+
+class Writes(Protocol):
+    """Answers prompts with the student as it is, or with the teacher."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Example],
+        state: State,
+        *,
+        writer: Literal["student", "teacher"] = "student",
+        teacher_mix: float = 0.0,
+        keep_log_probs: bool = False,
+    ) -> list[Example]:
+        """``prompts`` with responses; ``teacher_mix`` is the teacher's share of what the student draws from."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -13,7 +36,8 @@ class Context:
     """What a method may draw on."""
 
     data: Source
-    generate: Generate
+    steps_per_epoch: int
+    generate: Writes
     buffer: ReplayBuffer
     seed: int
     end_ids: Sequence[int]
@@ -33,42 +57,129 @@ class Method:
 
 
 def sft(context: Context) -> Method:
-    """Cross-entropy on the dataset's responses."""
+    """Cross-entropy on the dataset's responses. With the teacher's in their place it is SeqKD, arXiv:1606.07947."""
     return Method(context.data, nll())
 
 
-def kd(context: Context, *, divergence: str = "forward_kl", kd_weight: float = 1.0, **parameters: float) -> Method:
-    """``kd_weight * D(p, q) + (1 - kd_weight) * cross-entropy`` on the dataset's responses; published with KL(p||q)."""
-    loss = scaled(kd_weight, distill(divergence, **parameters)) + scaled(1 - kd_weight, nll())
-    return Method(context.data, loss)
-
-
-def distillm(
+def distillation(
     context: Context,
     *,
-    divergence: str = "skew_kl",
+    divergence: str,
+    sampling: Sampling,
+    kd_weight: float = 1.0,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    top_k: int | None = None,
+    student_fraction: float = 0.5,
     initial_probability: float = 0.0,
     increment: float = 0.1,
     tolerance: float = 0.1,
     reference: schedules.Reference = "previous",
+    off_policy: bool = False,
     replay_ratio: str = "decreasing",
     fill_first: bool = False,
     train_on_fresh: bool = False,
     **parameters: float,
 ) -> Method:
+    """``kd_weight * D(p, q)``, per token, on rows by ``sampling``; the rest is cross-entropy on the dataset's rows.
+
+    KD, ImitKD, GKD and DistiLLM are cells of one table: a divergence, and a way to use the student's own responses.
+    """
+    probability: dict[Sampling, Schedule] = {
+        "on_policy": schedules.constant(1.0),
+        "mixed": schedules.constant(student_fraction),
+        "adaptive": schedules.adaptive(initial_probability, increment, tolerance, reference),
+    }
+    source = context.data
+    if sampling != "none":
+        again = off_policy or sampling == "adaptive_off_policy"
+        replay = Replay(context.buffer, REPLAY_RATIO[replay_ratio], fill_first, train_on_fresh) if again else None
+        source = sources.student_rows(
+            context.data,
+            context.generate,
+            probability=probability["adaptive" if sampling == "adaptive_off_policy" else sampling],
+            seed=context.seed,
+            end_ids=context.end_ids,
+            replay=replay,
+        )
+    divergence_loss = distill(
+        divergence, temperature=temperature, temperature_squared=temperature_squared, top_k=top_k, **parameters
+    )
+    return Method(source, scaled(kd_weight, divergence_loss) + scaled(1 - kd_weight, nll(origins=REFERENCES)))
+
+
+def kd(context: Context, *, divergence: str = "forward_kl", sampling: Sampling = "none", **settings: Any) -> Method:
+    """KL(p||q) on the dataset's responses."""
+    return distillation(context, divergence=divergence, sampling=sampling, **settings)
+
+
+def imitkd(
+    context: Context, *, divergence: str = "forward_kl", sampling: Sampling = "on_policy", **settings: Any
+) -> Method:
+    """KL(p||q) on the student's responses. ImitKD, arXiv:2009.07253."""
+    return distillation(context, divergence=divergence, sampling=sampling, **settings)
+
+
+def gkd(context: Context, *, divergence: str = "jsd", sampling: Sampling = "mixed", **settings: Any) -> Method:
+    """JSD, of weight 0.1 unless set, on the student's responses half of the time. GKD, arXiv:2306.13649."""
+    if divergence == "jsd":
+        settings.setdefault("beta", 0.1)
+    return distillation(context, divergence=divergence, sampling=sampling, **settings)
+
+
+def distillm(
+    context: Context, *, divergence: str = "skew_kl", sampling: Sampling = "adaptive_off_policy", **settings: Any
+) -> Method:
     """Skew KL on adaptively chosen, mostly replayed student responses. DistiLLM, arXiv:2402.03898."""
-    source = sources.off_policy(
+    return distillation(context, divergence=divergence, sampling=sampling, **settings)
+
+
+def minillm(
+    context: Context,
+    *,
+    teacher_mix: float = 0.2,
+    importance: Importance = "token",
+    length_normalization: bool = True,
+    clip: float | None = 0.2,
+    off_policy: bool = False,
+    replay_ratio: str = "decreasing",
+) -> Method:
+    """Sequence-level reverse KL by policy gradient on teacher-mixed student responses. MiniLLM, arXiv:2306.08543."""
+
+    def generate(prompts: Sequence[Example], state: State) -> list[Example]:
+        return context.generate(prompts, state, teacher_mix=teacher_mix, keep_log_probs=True)
+
+    source = sources.student_rows(
         context.data,
-        context.generate,
-        context.buffer,
-        probability=schedules.adaptive(initial_probability, increment, tolerance, reference),
-        replay_ratio=REPLAY_RATIO[replay_ratio],
+        generate,
+        probability=schedules.constant(1.0),
         seed=context.seed,
         end_ids=context.end_ids,
-        fill_first=fill_first,
-        train_on_fresh=train_on_fresh,
+        replay=Replay(context.buffer, REPLAY_RATIO[replay_ratio]) if off_policy else None,
     )
-    return Method(source, distill(divergence, **parameters))
+    loss = policy_gradient(importance=importance, length_normalization=length_normalization, clip=clip)
+    return Method(source, loss)
+
+
+def distillm2(
+    context: Context,
+    *,
+    alpha: float = 0.1,
+    schedule: Literal["paper", "code"] = "paper",
+    detach_mixture: bool = False,
+) -> Method:
+    """Skew KL on the teacher's and skew reverse KL on the student's responses. DistiLLM-2, arXiv:2503.07067."""
+
+    def teacher(prompts: Sequence[Example], state: State) -> list[Example]:
+        return context.generate(prompts, state, writer="teacher")
+
+    source = sources.paired(
+        context.data, context.steps_per_epoch, context.generate, teacher, context.buffer, context.end_ids
+    )
+    loss = contrastive(
+        alpha=alpha, schedule=schedule, detach_mixture=detach_mixture, first_epoch=context.steps_per_epoch
+    )
+    return Method(source, loss)
 
 
 def with_text(method: Method, text: Source, weight: float) -> Method:
@@ -83,4 +194,13 @@ REPLAY_RATIO = {
     "increasing": schedules.linear(0.0, 1.0),
 }
 
-METHODS = {"sft": sft, "kd": kd, "distillm": distillm}
+METHODS: dict[str, Callable[..., Method]] = {
+    "sft": sft,
+    "seqkd": sft,
+    "kd": kd,
+    "imitkd": imitkd,
+    "gkd": gkd,
+    "minillm": minillm,
+    "distillm": distillm,
+    "distillm2": distillm2,
+}

@@ -261,7 +261,7 @@ def _finish(project: Project) -> None:
         said = f"by {project.run.validation.select} the student is no better than it was before training"
         _event(project, "worse", said)
         project.display.note(f"{said}: try a lower optim.lr, more steps, or optim.warmup_steps")
-    save_student(models, folder.student)
+    save_student(project.run, models, folder.student)
     _score_tests(project, models.student, "student")
     if models.teacher is not None and "teacher" in project.run.evaluation.compare:
         _score_tests(project, models.teacher, "teacher")

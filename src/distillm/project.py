@@ -11,15 +11,17 @@ import torch
 from accelerate import Accelerator
 
 from . import assembly, schedules
+from .adapters import merged
 from .assembly import Models
 from .assess import answers, measure
 from .checkpoint import written_aside
-from .config import Distillm, Run, as_yaml
+from .config import Run, as_yaml
 from .display import Display
 from .errors import ConfigError, Interrupted, TrainingError
 from .evaluation import rouge_l
 from .folder import RunFolder
 from .generation import generate, truncated
+from .method_settings import Distillation
 from .methods import Method
 from .models import fingerprint, save_model
 from .rows import Rows, answered, load_rows, read_data
@@ -76,10 +78,14 @@ def build(
     folder.clear()
     if run.tracker != "none":
         accelerator.init_trackers("distillm", config={"run": as_yaml(run)})
-    buffer = ReplayBuffer(run.method.capacity if isinstance(run.method, Distillm) else 1)
     responses = _responses(run, models, folder, display, stop)
-    train, validation = (answered(run, asked, models, responses) for asked in (rows.train, rows.validation))
-    tests = {name: answered(run, asked, models, responses, keep=True) for name, asked in rows.tests.items()}
+    # SeqKD trains on the teacher's responses, and is measured like every other method on the data's own.
+    absent = "missing" if run.teacher_writes else "none"
+    train = answered(rows.train, models, responses, by_teacher="all" if run.teacher_writes else "none")
+    asked = "all" if run.data.responses == "teacher" else absent
+    validation = answered(rows.validation, models, responses, by_teacher=asked)
+    tests = {name: answered(test, models, responses, by_teacher=absent) for name, test in rows.tests.items()}
+    buffer = assembly.make_buffer(run, len(train.examples))
     _say_cut(run, models, [train, validation, *tests.values()], display)
     return Project(
         run=run,
@@ -89,7 +95,7 @@ def build(
         validation=validation,
         tests=tests,
         text=rows.text,
-        method=assembly.make_method(run, models, train.examples, rows.text, buffer),
+        method=assembly.make_method(run, models, train.examples, rows.text, buffer, display.phase),
         optimizer=assembly.make_optimizer(run, models.student),
         accelerator=accelerator,
         state=State(total_steps=steps),
@@ -144,7 +150,7 @@ def validated(project: Project) -> dict[str, float]:
             f"step {state.step}: the cross-entropy on the validation rows is {figures['cross_entropy']}.\n"
             + ("Try a lower optim.lr, or train in float32." if state.step else "The student's weights are damaged.")
         )
-    trigger = run.method.trigger if isinstance(run.method, Distillm) else "validation_loss"
+    trigger = run.method.trigger if isinstance(run.method, Distillation) else "validation_loss"
     if "rouge_l" in (run.validation.select, trigger):
         rows = examples[: run.validation.rouge_rows]
         texts = answers(run, models, models.student, rows)
@@ -176,12 +182,14 @@ def training(project: Project) -> Iterator[Step]:
     )
 
 
-def save_student(models: Models, target: Path) -> None:
-    """An ordinary model folder: weights, configuration, generation settings and tokenizer."""
+def save_student(run: Run, models: Models, target: Path) -> None:
+    """An ordinary model folder: weights (or the adapter alone), configuration, generation settings and tokenizer."""
+    lora = run.student.lora
     with written_aside(target) as scratch:
         models.student.generation_config.eos_token_id = list(models.end_ids)
         models.student.generation_config.pad_token_id = models.pair.pad_id
-        save_model(models.student, models.tokenizer, scratch)
+        student = merged(models.student) if lora is not None and lora.merge else models.student
+        save_model(student, models.tokenizer, scratch)
 
 
 def _responses(run: Run, models: Models, folder: RunFolder, display: Display, stop: threading.Event) -> Responses:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from . import sources
 from .assembly import Models, Note
@@ -72,19 +72,20 @@ def load_rows(run: Run, read: Read, models: Models, note: Note) -> RowSets:
     def rows(source: str | Source, limit: int | None, *, asked: bool = False) -> Rows:
         return tokenised(data, source, read[source][:limit], models, note, asked=asked)
 
+    answer = task_of(data).fields["output"]
+
+    def bare(source: str | Source) -> bool:
+        return run.teacher_writes and not any(answer in row for row in read[source])
+
     asked = data.responses == "teacher"
-    train = rows(data.train, data.limit, asked=asked)
+    train = rows(data.train, data.limit, asked=asked or bare(data.train))
     if data.validation is not None:
-        validation = rows(data.validation, data.validation_size, asked=asked)
+        validation = rows(data.validation, data.validation_size, asked=asked or bare(data.validation))
     else:
         train, validation = _held_out(run, train)
         note(f"{len(validation.examples)} rows of {data.train} are held out for validation")
     # Test rows keep their own responses, where the file has any.
-    answer = task_of(data).fields["output"]
-    tests = {
-        name: rows(source, run.evaluation.limit, asked=asked and not any(answer in row for row in read[source]))
-        for name, source in data.test.items()
-    }
+    tests = {name: rows(source, run.evaluation.limit, asked=bare(source)) for name, source in data.test.items()}
     for found in (train, validation, *tests.values()):
         check_room(models, found.examples, run.generation.max_new_tokens)
     text: list[Example] = []
@@ -171,6 +172,11 @@ def tokenised(
         source=name,
     )
     note(f"{source}: {report}")
+    if data.teacher_template is not None or data.teacher_system is not None:
+        other = replace(task, template=data.teacher_template or data.template, system=data.teacher_system)
+        contexts = other.prompts(rows, models.tokenizer, max_prompt=data.max_length - 1, source=name)
+        found = dict(zip((f"{name}:{i}" for i in range(len(rows))), contexts, strict=True))
+        examples = [replace(e, teacher_context=found[e.id]) for e in examples]
     ids = [f"{name}:{i}" for i in range(len(rows))]
     references = {row_id: task.references(row, row_id=row_id) for row_id, row in zip(ids, rows, strict=True)}
     written = {row_id: task.user_text(row, row_id=row_id) for row_id, row in zip(ids, rows, strict=True)}
@@ -179,17 +185,22 @@ def tokenised(
     return Rows(examples, references, prompts)
 
 
-def answered(run: Run, rows: Rows, models: Models, responses: Responses, *, keep: bool = False) -> Rows:
-    """``rows`` with the teacher's responses, if the run asks for them or, with ``keep``, where a row has none."""
-    asked = run.data.responses == "teacher"
-    wanted = [e for e in rows.examples if asked and not (keep and rows.references[e.id])]
-    if not wanted:
-        bare = next((e.id for e in rows.examples if not rows.references[e.id]), None)
-        if bare is not None:
-            raise DataError(
-                f"{bare} has no response. Give one in the data, or let the teacher write all of them: "
-                "data.responses=teacher"
-            )
+def answered(
+    rows: Rows, models: Models, responses: Responses, *, by_teacher: Literal["all", "missing", "none"]
+) -> Rows:
+    """``rows`` with the teacher's responses: in place of all, of those that a row has not, or of none.
+
+    Raises:
+        DataError: a row is left without a response.
+    """
+    without = [e for e in rows.examples if not rows.references[e.id]]
+    if by_teacher == "none" and without:
+        raise DataError(
+            f"{without[0].id} has no response. Give one in the data, or let the teacher write all of them: "
+            "data.responses=teacher"
+        )
+    wanted = rows.examples if by_teacher == "all" else without
+    if by_teacher == "none" or not wanted:
         return rows
     written = {e.id: e for e in responses(wanted)}
     texts = models.tokenizer.batch_decode([e.response for e in written.values()], skip_special_tokens=True)

@@ -1,7 +1,8 @@
 """Two models read the same rows: what a loss sees of them."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ class Scored:
     """A batch after the models have read it. Rows are its N target tokens.
 
     ``labels`` ``[N]``; ``sequence`` ``[N]`` says which of ``origins`` each token belongs to; the teacher's head is
-    None where no term asked for it.
+    None where no term asked for it. ``log_probs`` ``[N]`` are those the tokens were drawn with, NaN where not kept.
+    A term may leave a figure in ``figures``: its sum and count over the sequences or tokens of the batch.
     """
 
     student: Head
@@ -25,6 +27,8 @@ class Scored:
     sequence: Tensor
     origins: tuple[Origin, ...]
     state: State
+    log_probs: Tensor | None = None
+    figures: dict[str, tuple[Tensor, int]] = field(default_factory=dict[str, tuple[Tensor, int]])
 
     def only(self, origins: frozenset[Origin]) -> "Scored":
         """The target tokens of the sequences that have one of ``origins``."""
@@ -37,6 +41,7 @@ class Scored:
             teacher=self.teacher and self.teacher._replace(hidden=self.teacher.hidden[kept]),
             labels=self.labels[kept],
             sequence=self.sequence[kept],
+            log_probs=None if self.log_probs is None else self.log_probs[kept],
         )
 
 
@@ -71,7 +76,16 @@ class Pair:
             sequence=target.nonzero()[:, 0],
             origins=tuple(e.origin for e in examples),
             state=state,
+            log_probs=_log_probs(examples, self.device),
         )
+
+
+def _log_probs(examples: Sequence[Example], device: torch.device) -> Tensor | None:
+    if all(e.log_probs is None for e in examples):
+        return None
+    # A response that is generated is whole: each of its tokens is a target.
+    rows = [e.log_probs or [math.nan] * sum(e.targets[1:]) for e in examples]
+    return torch.tensor([value for row in rows for value in row], device=device)
 
 
 def _one_dtype(head: Head) -> Head:

@@ -3,7 +3,7 @@
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .generation import truncated
@@ -68,51 +68,98 @@ class ReplayBuffer:
         return sum(step - row.born for row in self.rows) / len(self.rows) if self.rows else None
 
 
-def off_policy(
+@dataclass(frozen=True)
+class Replay:
+    """How earlier responses are used again: ``ratio`` is the share of student steps that generate anew.
+
+    ``fill_first`` generates until the buffer is full and ``train_on_fresh`` trains on the new rows themselves, as the
+    authors' code of DistiLLM does.
+    """
+
+    buffer: ReplayBuffer
+    ratio: Schedule
+    fill_first: bool = False
+    train_on_fresh: bool = False
+
+
+def student_rows(
     data: Source,
     generate: Generate,
-    buffer: ReplayBuffer,
     *,
     probability: Schedule,
-    replay_ratio: Schedule,
     seed: int,
     end_ids: Sequence[int],
-    fill_first: bool = False,
-    train_on_fresh: bool = False,
+    replay: Replay | None = None,
 ) -> Source:
-    """Student rows with the scheduled probability, most of them replayed; dataset rows otherwise.
+    """Student rows with the scheduled probability; dataset rows otherwise.
 
-    One ``u ~ U(0, 1)`` decides both: with ``u < probability * replay_ratio`` the current student answers the step's
-    prompts into the buffer; with ``u < probability`` the step trains on a sample of the buffer (arXiv:2402.03898,
-    algorithm 1). A buffer with less than a batch is filled first. ``fill_first`` generates until it is full and
-    ``train_on_fresh`` trains on the new rows themselves, as the authors' code does. Where a step
-    generates, ``truncated`` counts the rows just written that were cut by length: none of ``end_ids`` ends them.
+    One ``u ~ U(0, 1)`` decides: with ``u < probability`` the current student answers the step's prompts and the step
+    trains on that. With ``replay`` it answers them, into the buffer, only with ``u < probability * ratio``; with
+    ``u < probability`` the step trains on a sample of the buffer (arXiv:2402.03898, algorithm 1), which is filled
+    first where it holds less than a batch. Where a step generates, ``truncated`` counts the rows just written that
+    were cut by length: none of ``end_ids`` ends them.
     """
 
     def source(state: State) -> Draw:
         rng = keyed(seed, "replay", state.step)
-        u, phi, ratio = rng.random(), probability(state), replay_ratio(state)
+        u, phi = rng.random(), probability(state)
+        figures: dict[str, float | None] = {"probability": phi}
         drawn = data(state)
-        cut: dict[str, float | None] = {}
         if u < phi:
-            size = len(drawn.rows)
-            wanted = u < phi * ratio or (fill_first and not buffer.full)
-            generated = generate(drawn.rows, state) if wanted or len(buffer) < size else []
+            fresh = replay is None or _generates(replay, u, phi, state, len(drawn.rows))
+            generated = generate(drawn.rows, state) if fresh else []
             if generated:
-                cut = {"truncated": sum(truncated(row, end_ids) for row in generated)}
-            buffer.rows.extend(generated)
-            if generated and train_on_fresh:
-                drawn = Draw(generated, "generated")
+                figures["truncated"] = sum(truncated(row, end_ids) for row in generated)
+            if replay is not None:
+                replay.buffer.rows.extend(generated)
+            if replay is None or (generated and replay.train_on_fresh):
+                rows = generated
             else:
-                rows = rng.sample(list(buffer.rows), min(size, len(buffer)))
-                drawn = Draw(rows, "generated" if generated else "replayed")
-        figures: dict[str, float | None] = {
-            "probability": phi,
-            "replay_ratio": ratio,
-            "buffer": len(buffer),
-            "buffer_age": buffer.age(state.step),
-        }
-        return Draw(drawn.rows, drawn.batch, figures | cut)
+                rows = rng.sample(list(replay.buffer.rows), min(len(drawn.rows), len(replay.buffer)))
+            drawn = Draw(rows, "generated" if generated else "replayed")
+        if replay is not None:
+            figures["replay_ratio"] = replay.ratio(state)
+            figures |= {"buffer": len(replay.buffer), "buffer_age": replay.buffer.age(state.step)}
+        return Draw(drawn.rows, drawn.batch, figures)
+
+    return source
+
+
+def _generates(replay: Replay, u: float, phi: float, state: State, size: int) -> bool:
+    wanted = u < phi * replay.ratio(state) or (replay.fill_first and not replay.buffer.full)
+    return wanted or len(replay.buffer) < size
+
+
+def paired(
+    data: Source,
+    steps_per_epoch: int,
+    generate: Generate,
+    teacher_generate: Generate,
+    buffer: ReplayBuffer,
+    end_ids: Sequence[int],
+) -> Source:
+    """For each prompt a response of the teacher and one of the student, all written as an epoch begins.
+
+    The responses of the epoch are the buffer, which must hold two for each prompt, and are saved with it.
+    """
+
+    def source(state: State) -> Draw:
+        epoch = state.step // steps_per_epoch
+        figures: dict[str, float | None] = {}
+        drawn = data(state).rows
+        known = {(row.id, row.origin): row for row in buffer.rows if row.born // steps_per_epoch == epoch}
+        fresh = any((row.id, "student") not in known for row in drawn)
+        if fresh:
+            end = min((epoch + 1) * steps_per_epoch, state.total_steps)
+            prompts = [row for step in range(state.step, end) for row in data(replace(state, step=step)).rows]
+            buffer.rows.clear()
+            written = generate(prompts, state)
+            buffer.rows.extend(teacher_generate(prompts, state) + written)
+            figures["truncated"] = sum(truncated(row, end_ids) for row in written)
+            known = {(row.id, row.origin): row for row in buffer.rows}
+        rows = [known[row.id, origin] for row in drawn for origin in ("teacher", "student")]
+        figures |= {"buffer": len(buffer), "buffer_age": buffer.age(state.step)}
+        return Draw(rows, "generated" if fresh else "replayed", figures)
 
     return source
 

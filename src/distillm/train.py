@@ -63,6 +63,7 @@ def training_steps(
         active = [(term, term.weight(state), term.count(drawn.rows)) for term in method.loss]
         active = [(term, weight, count) for term, weight, count in active if weight != 0 and count > 0]
         sums: dict[str, Tensor] = {}
+        watched: dict[str, tuple[Tensor, int]] = {}
         for micro in micro_batches(drawn.rows, micro_batch_size):
             here = [(term, weight / count) for term, weight, count in active if term.count(micro)]
             if not here:
@@ -74,10 +75,16 @@ def training_steps(
             torch.stack([share * total for _, share, total in totals]).sum().backward()
             for term, _, total in totals:
                 sums[term.name] = sums.get(term.name, 0) + total.detach()
+            for name, (total, count) in scored.figures.items():
+                before = watched.get(name, (0, 0))
+                watched[name] = before[0] + total, before[1] + count
         counts = {term.name: count for term, _, count in active}
         terms = {name: float(sums[name]) / count for name, count in counts.items()}
         rate = learning_rate(state)
         norm = _update(pair, optimizer, rate, max_grad_norm, accelerator, terms, drawn, state) if active else 0.0
+        figures = drawn.figures | {name: float(total) / max(count, 1) for name, (total, count) in watched.items()}
+        for name, (total, count) in watched.items():
+            state.observe(name, float(total), count)
         state.step += 1
         yield Step(
             step=state.step,
@@ -89,7 +96,7 @@ def training_steps(
             seconds=time.perf_counter() - began,
             tokens=sum(len(row.tokens) for row in drawn.rows),
             batch=drawn.batch,
-            figures=drawn.figures,
+            figures=figures,
             rows=tuple(drawn.rows),
             skipped=not active,
         )

@@ -18,7 +18,8 @@ class Example:
     """One row as token ids: ragged, on the CPU, free of any architecture.
 
     ``targets[i]`` says whether ``tokens[i]`` is to be learned. ``teacher_context``, where given, replaces the tokens
-    before the first target for the teacher only. ``born`` is the step at which a generated row was written.
+    before the first target for the teacher only. ``born`` is the step at which a generated row was written, and
+    ``log_probs``, where kept, the log-probability with which each of its response's tokens was drawn.
     """
 
     id: str
@@ -27,6 +28,7 @@ class Example:
     origin: Origin = "data"
     born: int = 0
     teacher_context: list[int] | None = None
+    log_probs: list[float] | None = None
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.targets):
@@ -48,11 +50,13 @@ class Example:
         return self.tokens[self.start :]
 
 
-def answer(prompt: Example, response: list[int], origin: Origin, born: int = 0) -> Example:
+def answer(
+    prompt: Example, response: list[int], origin: Origin, born: int = 0, log_probs: list[float] | None = None
+) -> Example:
     """``prompt``'s context followed by ``response``, every token of which is a target."""
     tokens = prompt.prompt + response
     targets = [False] * prompt.start + [True] * len(response)
-    return Example(prompt.id, tokens, targets, origin, born, prompt.teacher_context)
+    return Example(prompt.id, tokens, targets, origin, born, prompt.teacher_context, log_probs)
 
 
 class Batch(NamedTuple):
@@ -82,6 +86,15 @@ class Head(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
+    def at(self, temperature: float) -> "Head":
+        """The head of the same logits divided by ``temperature``."""
+        if temperature == 1.0:
+            return self
+        if self.weight is None:
+            return self._replace(hidden=self.hidden / temperature)
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return self._replace(scale=self.scale / temperature, softcap=softcap)
+
     def narrow(self, num_tokens: int) -> "Head":
         """The same head over the first ``num_tokens`` entries of the vocabulary."""
         if self.weight is None:
@@ -96,9 +109,21 @@ class Head(NamedTuple):
 class State:
     """All that a schedule may read. Saved whole in every checkpoint.
 
-    ``step`` is the number of finished optimizer steps; ``validation`` holds the monitored value of each validation.
+    ``step`` is the number of finished optimizer steps; ``validation`` holds the monitored value of each validation;
+    ``observed`` the sum and the count of each figure that a loss has watched so far.
     """
 
     step: int = 0
     total_steps: int = 1
     validation: list[float] = field(default_factory=list[float])
+    observed: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+
+    def observe(self, name: str, total: float, count: float) -> None:
+        """Add to the figure ``name``."""
+        before = self.observed.get(name, [0.0, 0.0])
+        self.observed[name] = [before[0] + total, before[1] + count]
+
+    def mean(self, name: str) -> float | None:
+        """The mean of the figure ``name`` so far; None before it was seen."""
+        total, count = self.observed.get(name, (0.0, 0.0))
+        return total / count if count else None

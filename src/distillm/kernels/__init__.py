@@ -10,7 +10,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..divergences import DIVERGENCES, Divergence
+from ..divergences import DIVERGENCES, Bucketed, Divergence
 from ..errors import ConfigError
 from ..types import Head
 from . import chunked, eager
@@ -31,6 +31,7 @@ def linear_divergence(
     impl: Impl = "auto",
     per_row: Literal[False] = False,
     byte_budget: int | None = None,
+    top_k: int | None = None,
     **parameters: float | Tensor,
 ) -> Tensor: ...
 
@@ -45,6 +46,7 @@ def linear_divergence(
     impl: Impl = "auto",
     per_row: Literal[True],
     byte_budget: int | None = None,
+    top_k: int | None = None,
     **parameters: float | Tensor,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -58,6 +60,7 @@ def linear_divergence(
     impl: Impl = "auto",
     per_row: bool = False,
     byte_budget: int | None = None,
+    top_k: int | None = None,
     **parameters: float | Tensor,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``weights @ divergence(log_softmax(logits(teacher)), log_softmax(logits(student)), **parameters)``.
@@ -65,11 +68,14 @@ def linear_divergence(
     A scalar, float32 (float64 for a float64 student), differentiable in the student's hidden, weight and bias only;
     with ``per_row``, also the values ``[N]``, detached. ``weights`` is ``[N]``. ``divergence`` is a name in
     ``DIVERGENCES`` or a function ``(p, q, **parameters)``, ``[..., V] -> [...]``, of each row alone; ``parameters`` are
-    numbers, or tensors ``[N]`` that reach it as ``[N, 1]``. ``byte_budget`` bounds what ``chunked`` takes beside inputs
+    numbers, or tensors ``[N]`` that reach it as ``[N, 1]``. With ``top_k`` all tokens but the teacher's likeliest are
+    one bucket (``divergences.Bucketed``). ``byte_budget`` bounds what ``chunked`` takes beside inputs
     and gradients (256 MiB on a CPU, else 1 GiB); one backward may run through its result. Raises ``ConfigError`` for an
     unknown name, ``ValueError`` where shapes do not fit.
     """
     function = DIVERGENCES[_known(divergence, DIVERGENCES, "divergence")] if isinstance(divergence, str) else divergence
+    if top_k is not None:
+        function = Bucketed(function, top_k)
     chosen = _implementation(impl)
     num_rows = student.hidden.shape[0]
     _check_rows(num_rows, teacher=teacher.hidden, weights=weights)

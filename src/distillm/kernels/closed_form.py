@@ -7,12 +7,13 @@ to ``q`` may be left out: the softmax takes them away. ``log 0`` comes in as ``F
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .. import divergences
-from ..divergences import Divergence, check_weight, scaled
+from ..divergences import Bucketed, Divergence, check_exponents, check_weight, head_share, scaled, with_tail
 from .eager import Parameters
 
 FLOOR = -1e30
@@ -83,6 +84,62 @@ def symmetric_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, weight: flo
     return values, lambda: forward_gradient().mul_(1 - weight).add_(reverse_gradient().mul_(weight))
 
 
+def alpha_beta(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, alpha: float = 0.2, beta: float = 0.7) -> Scored:
+    """``G = (q^(a + b) - p^a q^b) / a``, ``q^b log(q / p)`` at ``a = 0``, and 0 where the value is infinite."""
+    check_exponents(alpha, beta)
+    if alpha == 0 or beta == 0:
+        return _alpha_limit(log_p, log_q, alpha) if beta == 0 else _beta_limit(log_p, log_q, beta)
+    total = alpha + beta
+    both = torch.mul(log_p, alpha).add_(log_q, alpha=beta).exp_()
+    other = torch.mul(log_q, total).exp_()
+    own = torch.mul(log_p, total).exp_().mul_(alpha).add_(other, alpha=beta).div_(total).sub_(both)
+    return own.sum(-1).div_(alpha * beta), lambda: other.sub_(both).div_(alpha)
+
+
+def _alpha_limit(log_p: Tensor, log_q: Tensor, alpha: float) -> Scored:
+    gap = log_p - log_q
+    uncovered = gap > -FLOOR / 2
+    own, other = torch.mul(log_p, alpha).exp_(), torch.mul(log_q, alpha).exp_()
+    values = gap.mul_(own).mul_(alpha).add_(other).sub_(own).sum(-1).div_(alpha**2)
+    return (
+        values.masked_fill_(uncovered.any(-1), math.inf),
+        lambda: other.sub_(own).div_(alpha).masked_fill_(uncovered, 0.0),
+    )
+
+
+def _beta_limit(log_p: Tensor, log_q: Tensor, beta: float) -> Scored:
+    gap = log_q - log_p
+    uncovered = gap > -FLOOR / 2
+    own, other = torch.mul(log_p, beta).exp_(), torch.mul(log_q, beta).exp_()
+    terms = gap.mul_(other)
+    values = torch.mul(terms, beta).add_(own).sub_(other).sum(-1).div_(beta**2)
+    return values.masked_fill_(uncovered.any(-1), math.inf), lambda: terms.masked_fill_(uncovered, 0.0)
+
+
+def adaptive_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, head_mass: float = 0.5) -> Scored:
+    """That of ``symmetric_kl``, each row with its own weight."""
+    return symmetric_kl(log_p, log_q, p, q, 1 - head_share(p, q, head_mass))
+
+
+def _bucketed(
+    form: ClosedForm, top_k: int, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, **parameters: float | Tensor
+) -> Scored:
+    """``form`` on the kept tokens and the bucket, whose ``G`` its tokens share by their part of its mass."""
+    if top_k + 1 >= log_p.shape[-1]:
+        return form(log_p, log_q, p, q, **parameters)
+    kept = log_p.topk(top_k).indices
+    coarse_p, coarse_q = (with_tail(x, kept).clamp_(min=FLOOR) for x in (log_p, log_q))
+    mass = coarse_q.exp()
+    tail = mass[:, -1:].clamp(min=torch.finfo(mass.dtype).tiny)
+    values, make = form(coarse_p, coarse_q, coarse_p.exp(), mass, **parameters)
+
+    def gradient() -> Tensor:
+        g = make()
+        return torch.mul(q, g[:, -1:] / tail).scatter_(-1, kept, g[:, :-1])
+
+    return values, gradient
+
+
 def _mixture(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     """``weight a + (1 - weight) b``, at least the smallest normal number so that its logarithm is finite."""
     return torch.lerp(b, a, weight).clamp_(min=torch.finfo(a.dtype).tiny)
@@ -101,11 +158,16 @@ CLOSED_FORMS: dict[Divergence, ClosedForm] = {
     divergences.skew_reverse_kl: skew_reverse_kl,
     divergences.total_variation: total_variation,
     divergences.symmetric_kl: symmetric_kl,
+    divergences.alpha_beta: alpha_beta,
+    divergences.adaptive_kl: adaptive_kl,
 }
 
 
 def closed_form(divergence: Divergence, parameters: Parameters) -> ClosedForm | None:
     """The closed form of ``divergence``, or None where it has none that holds for ``parameters``."""
+    if isinstance(divergence, Bucketed):
+        form = closed_form(divergence.divergence, parameters)
+        return form and partial(_bucketed, form, divergence.top_k)
     form = CLOSED_FORMS.get(divergence)
     if form in (skew_kl, skew_reverse_kl):
         # Rows of weight 0 need the mixture in log space: in probability space it underflows where the other has mass.

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..divergences import Divergence
+from ..divergences import Divergence, adaptive_kl
 from ..types import IGNORE, Head
-from .closed_form import FLOOR, ClosedForm, Scored, closed_form
+from .closed_form import CLOSED_FORMS, FLOOR, ClosedForm, Scored, closed_form
 from .eager import Parameters, shape_logits
 
 BlockScorer = Callable[[slice, Tensor], Scored]
@@ -69,7 +69,8 @@ def divergence_scorer(
 
         return score
 
-    return Scorer(open_chunk, project.row_bytes, 10 if form is not None else 24)
+    plain = form is not None and divergence in CLOSED_FORMS and divergence is not adaptive_kl  # which sorts
+    return Scorer(open_chunk, project.row_bytes, 10 if plain else 24)
 
 
 def _in_closed_form(form: ClosedForm, log_p: Tensor, log_q: Tensor, columns: Parameters) -> Scored:

@@ -1,0 +1,105 @@
+"""LoRA (arXiv:2106.09685) by peft: training an adapter, merging it, and the model without it as a teacher."""
+
+import copy
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .errors import ConfigError
+from .heads import eval_mode
+
+
+def add_adapter(
+    model: PreTrainedModel, *, r: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int
+) -> PreTrainedModel:
+    """Put a low-rank adapter into ``model``'s layers, of which alone training changes anything.
+
+    ``targets`` are names of linear layers, all but the output layer where None. At first the adapter changes nothing.
+
+    Raises:
+        ConfigError: peft is not installed, or no layer has one of the names.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise ConfigError("student.lora needs peft: pip install 'distillm[lora]'") from None
+    settings = LoraConfig(
+        r=r,
+        lora_alpha=cast(Any, alpha),
+        lora_dropout=dropout,
+        target_modules="all-linear" if targets is None else list(targets),
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's linear layers
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.add_adapter(settings)
+    except ValueError as error:
+        raise ConfigError(f"student.lora.targets: {error}") from error
+    return model
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of ``model`` with its adapter added to its weights: an ordinary model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                child.merge()
+                setattr(module, name, child.get_base_layer())
+    model._hf_peft_config_loaded = False  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    return model
+
+
+class AdapterOff(nn.Module):
+    """``model`` as it is without its adapter, in eval mode and without gradients: a teacher for the model with it."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The model's own."""
+        return cast(GenerationConfig, self.model.generation_config)
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self.model.generation_config = config
+
+    def forward(self, **inputs: Any) -> Any:
+        """What the model says without its adapter."""
+        with self._switched_off():
+            return self.model(**inputs)
+
+    def generate(self, **inputs: Any) -> Any:
+        """What the model writes without its adapter."""
+        with self._switched_off():
+            return self.model.generate(**inputs)  # pyright: ignore[reportCallIssue, reportUnknownVariableType]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The model's weights but for the adapter, which is not part of this teacher."""
+        return {name: value for name, value in self.model.state_dict().items() if ".lora_" not in name}
+
+    @contextmanager
+    def _switched_off(self) -> Generator[None]:
+        self.model.disable_adapters()
+        try:
+            with torch.no_grad(), eval_mode(self.model):
+                yield
+        finally:
+            self.model.enable_adapters()

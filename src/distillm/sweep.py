@@ -1,0 +1,167 @@
+"""A grid of runs that differ in a few settings; finished ones are not repeated, and one table ends it."""
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .checkpoint import write_text
+from .config import Run, as_yaml, changed, make_run, read_yaml
+from .display import Display, clock
+from .errors import ConfigError, DistillmError
+from .pipeline import distill
+from .project import build
+from .report import read_run
+from .report.grid import grid, grid_cells, grid_markdown
+
+_OUTSIDE = re.compile(r""",(?![^\[]*\])(?![^{]*\})""")  # a comma that separates values, not one inside [..] or {..}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid: what sets it apart, and the whole of it."""
+
+    settings: dict[str, str]
+    run: Run
+
+
+def cells_of(source: str, overrides: Sequence[str]) -> list[Cell]:
+    """The runs of the grid that ``overrides`` span: ``key=a,b`` gives ``key`` two values, ``key=a`` one to all.
+
+    Each run's folder is named after its values, inside the sweep's ``output``. The teacher's responses, where runs
+    train on them, are shared.
+
+    Raises:
+        ConfigError: a combination is no valid run, or there is nothing to vary.
+    """
+    choices: list[list[tuple[str, str]]] = []
+    for override in overrides:
+        key, sign, values = override.partition("=")
+        if not sign:
+            raise ConfigError(f"{override!r} is not an override; write key.path=value or key.path=value,value")
+        choices.append([(key, value) for value in _OUTSIDE.split(values)])
+    varied = [key for options in choices if len(options) > 1 for key, _ in options[:1]]
+    if not varied:
+        raise ConfigError("nothing varies; give a setting several values, such as method.name=sft,kd,distillm seed=1,2")
+    found: list[Cell] = []
+    for combination in itertools.product(*choices):
+        settings = {key: value for key, value in combination if key in varied}
+        said = [f"{key}={value}" for key, value in combination]
+        run = make_run(read_yaml(source), said, f"{source} {' '.join(said)}")
+        folder = Path(run.output)
+        changes: dict[str, Any] = {"output": str(folder / _name(settings)), "resume": "auto"}
+        if run.teacher_writes and run.data.responses_file is None:
+            drawn = f"-seed-{run.seed}" if run.data.responses_temperature else ""
+            changes["data"] = run.data.model_copy(update={"responses_file": str(folder / f"responses{drawn}.jsonl")})
+        found.append(Cell(settings, run.model_copy(update=changes)))
+    twice = {cell.run.output for cell in found if sum(other.run.output == cell.run.output for other in found) > 1}
+    if twice:
+        raise ConfigError(f"two runs would be written to {min(twice)}; give each combination once")
+    return found
+
+
+def _name(settings: dict[str, str]) -> str:
+    """A folder's name: values, each after the last word of its key unless it names the method."""
+    words = [value if key == "method.name" else f"{key.rpartition('.')[2]}-{value}" for key, value in settings.items()]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(words)).strip("-.") or "run"
+
+
+def run_sweep(cells: Sequence[Cell], display: Display, jobs: int = 1) -> tuple[list[Cell], dict[str, str]]:
+    """Make the runs of ``cells``, ``jobs`` at a time; those that are finished, and what went wrong with others.
+
+    A run that fails is said and does not stop the others. Interrupted, the same command goes on where it stopped.
+    """
+    waiting = [cell for cell in cells if not _finished(cell)]
+    if len(waiting) < len(cells):
+        display.note(f"{len(cells) - len(waiting)} of {len(cells)} runs are finished already")
+    failed = _in_turn(waiting, display) if jobs == 1 else _together(waiting, display, jobs)
+    return [cell for cell in cells if cell.run.output not in failed], failed
+
+
+def _finished(cell: Cell) -> bool:
+    folder = Path(cell.run.output)
+    if not (folder / "report.html").is_file():
+        return False
+    differences = changed(read_yaml(str(folder)), cell.run)
+    if differences:
+        raise ConfigError(
+            f"{folder} holds a finished run of other settings ({', '.join(differences[:4])}); "
+            "give the sweep another output=, or delete that folder"
+        )
+    return read_run(folder).finished
+
+
+def _in_turn(waiting: Sequence[Cell], display: Display) -> dict[str, str]:
+    failed: dict[str, str] = {}
+    began = time.monotonic()
+    for done, cell in enumerate(waiting):
+        left = f", about {clock((time.monotonic() - began) / done * (len(waiting) - done))} left" if done else ""
+        display.note(f"\nrun {done + 1} of {len(waiting)}: {Path(cell.run.output).name}{left}")
+        try:
+            distill(cell.run, display)
+        except DistillmError as error:
+            if error.exit_code == 130:
+                raise
+            failed[cell.run.output] = str(error)
+            display.note(f"error: {error}")
+    return failed
+
+
+def _together(waiting: Sequence[Cell], display: Display, jobs: int) -> dict[str, str]:
+    """Each run in a process of its own, with its share of the processor."""
+    for cell in {(c.run.data.responses_file, c.run.seed): c for c in waiting if c.run.teacher_writes}.values():
+        build(cell.run.model_copy(update={"output": f"{cell.run.output}.responses"}), display)  # once, before all
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    queue, running = list(waiting), dict[Any, tuple[Cell, Path]]()
+    failed: dict[str, str] = {}
+    try:
+        while queue or running:
+            while queue and len(running) < jobs:
+                cell = queue.pop(0)
+                folder = Path(cell.run.output)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                wanted, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
+                write_text(wanted, as_yaml(cell.run))
+                with log.open("ab") as file:
+                    process = subprocess.Popen(
+                        [sys.executable, "-m", "distillm", "train", str(wanted), "resume=auto"],
+                        stdout=file,
+                        stderr=file,
+                        env=os.environ | {"OMP_NUM_THREADS": threads},
+                    )
+                running[process] = cell, log
+                display.note(f"began {folder.name} ({log})")
+            time.sleep(0.2)
+            for process in [p for p in running if p.poll() is not None]:
+                cell, log = running.pop(process)
+                name = Path(cell.run.output).name
+                if process.returncode:
+                    failed[cell.run.output] = f"exit code {process.returncode}, see {log}"
+                said = failed.get(cell.run.output, "finished")
+                display.note(f"{name}: {said}; {len(queue) + len(running)} to go")
+    finally:
+        for process in running:  # the user stopped: each saves what it has
+            process.send_signal(signal.SIGINT)
+        for process in running:
+            process.wait()
+    return failed
+
+
+def write_table(cells: Sequence[Cell], folder: Path) -> Table:
+    """The comparison of finished runs, also as ``table.md`` in ``folder``."""
+    found = grid([(cell.settings, Path(cell.run.output)) for cell in cells])
+    header, body = grid_cells(found)
+    table = Table(*header)
+    for row in body:
+        table.add_row(*row)
+    write_text(folder / "table.md", grid_markdown(found))
+    return table

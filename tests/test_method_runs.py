@@ -1,0 +1,349 @@
+"""Whole runs of every method: published shares of batches, teacher-written rows, interruption, sweeps and adapters."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from distillm import pipeline
+from distillm.checkpoint import list_checkpoints
+from distillm.cli import app
+from distillm.config import load_run
+from distillm.errors import ConfigError, TrainingError
+from distillm.methods import METHODS, REPLAY_RATIO
+from distillm.models import load_model
+from distillm.pipeline import distill
+from distillm.sweep import cells_of, run_sweep
+from distillm.types import State
+from tiny import save, tiny_causal, tiny_tokenizer
+from tiny_run import Heard, assert_same_run, events, lines, materials, settings, tiny_run, weights, write_rows
+from tiny_run import rows as questions
+
+
+@pytest.fixture(name="made", scope="module")
+def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return materials(tmp_path_factory.mktemp("made"))
+
+
+def steps_in(folder: Path) -> list[dict[str, Any]]:
+    return lines(folder / "metrics.jsonl", "step")
+
+
+LONG = {
+    "train.steps": 120,
+    "train.batch_size": 3,
+    "train.micro_batch_size": 3,
+    "generation.max_new_tokens": 2,
+    "data.text": None,
+    "data.test": {},
+    "validation.every": 20,
+    "validation.samples": 0,
+    "checkpoint.every": 1000,
+}
+AXES: dict[str, dict[str, Any]] = {
+    "none": {"name": "distillm", "sampling": "none"},
+    "on_policy": {"name": "distillm", "sampling": "on_policy"},
+    "mixed": {"name": "distillm", "sampling": "mixed", "student_fraction": 0.4},
+    "adaptive": {"name": "distillm", "sampling": "adaptive", "initial_probability": 0.3},
+    "adaptive_off_policy": {"name": "distillm", "initial_probability": 0.6, "tolerance": 0.0},
+    "increasing": {"name": "distillm", "initial_probability": 0.6, "replay_ratio": "increasing"},
+    "constant": {"name": "distillm", "initial_probability": 0.6, "replay_ratio": "constant", "capacity": 7},
+    "imitkd_off_policy": {"name": "imitkd", "off_policy": True},
+    "gkd_off_policy": {"name": "gkd", "off_policy": True, "capacity": 12},
+    "minillm_off_policy": {"name": "minillm", "off_policy": True},
+    "kd_adaptive_rouge": {"name": "kd", "sampling": "adaptive", "initial_probability": 0.5, "trigger": "rouge_l"},
+    "best": {"name": "gkd", "sampling": "adaptive", "initial_probability": 0.5, "reference": "best", "increment": 0.2},
+}
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_the_batches_of_each_ablation_have_their_expected_shares(axis: str, made: Path, tmp_path: Path) -> None:
+    method = AXES[axis]
+    folder = distill(tiny_run(made, tmp_path / "run", LONG | {"method": method}))
+    found = steps_in(folder)
+    total = len(found)
+    assert total == 120
+    sampling = method.get("sampling", {"imitkd": "on_policy", "gkd": "mixed", "kd": "none", "minillm": "on_policy"}.get(
+        method["name"], "adaptive_off_policy"))  # fmt: skip
+    replays = method.get("off_policy", False) or sampling == "adaptive_off_policy"
+    ratio = REPLAY_RATIO[method.get("replay_ratio", "decreasing")]
+    fixed = {"none": 0.0, "on_policy": 1.0, "mixed": method.get("student_fraction", 0.5)}
+    expected: dict[str, list[float]] = {"generated": [], "replayed": [], "dataset": []}
+    for step, entry in enumerate(found):
+        phi = fixed.get(sampling, entry.get("probability", 0.0))
+        assert entry.get("probability", 0.0) == phi
+        anew = phi * (ratio(State(step, total)) if replays else 1.0)
+        for kind, share in (("generated", anew), ("replayed", phi - anew), ("dataset", 1 - phi)):
+            expected[kind].append(share)
+        assert replays == ("buffer" in entry)
+    for kind, shares in expected.items():
+        count = sum(entry["batch"] == kind for entry in found)
+        spread = math.sqrt(sum(p * (1 - p) for p in shares))
+        # The buffer is filled before anything can be replayed: one more generated batch, one less replayed.
+        slack = 1 if replays and kind != "dataset" else 1e-6
+        assert abs(count - sum(shares)) <= 3.2905 * spread + slack, (kind, count, sum(shares))
+    if sampling.startswith("adaptive"):
+        assert found[0]["probability"] == method.get("initial_probability", 0.0)
+
+
+@pytest.fixture(name="whole", scope="module", params=sorted(METHODS))
+def _whole(request: pytest.FixtureRequest, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    changes = {"method": {"name": request.param}}
+    return distill(tiny_run(made, tmp_path_factory.mktemp(request.param) / request.param, changes))
+
+
+def test_every_method_trains_with_plain_text_on_equal_terms(whole: Path) -> None:
+    found = steps_in(whole)
+    assert len(found) == 8
+    for entry in found:
+        assert "text" in entry["terms"]
+        assert math.isfinite(entry["loss"])
+        assert len(entry["terms"]) == (3 if whole.name == "distillm2" and entry["step"] < 8 else 2)
+    assert (whole / "student" / "model.safetensors").is_file()
+
+
+def test_every_method_goes_on_bit_for_bit(whole: Path, made: Path, tmp_path: Path) -> None:
+    """Stopped after step 3, in the middle of DistiLLM-2's first epoch, with its responses and gaps to remember."""
+    run = tiny_run(made, tmp_path / "run", {"method": {"name": whole.name}, "checkpoint.every": 1})
+    original = pipeline._log_step  # pyright: ignore[reportPrivateUsage]
+
+    class Stopped(Exception):
+        pass
+
+    def log(project: Any, step: Any) -> None:
+        if step.step == 4:
+            raise Stopped
+        original(project, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_log_step", log)
+        with pytest.raises(Stopped):
+            distill(run)
+    folder = distill(load_run(str(tmp_path / "run"), ["resume=auto", "checkpoint.every=2"]))
+    assert_same_run(folder, whole)
+
+
+def test_minillm_logs_its_parts_and_distillm2_its_gaps(whole: Path) -> None:
+    figures = {
+        "minillm": {"single_step", "long_term", "reward", "importance", "clipped"},
+        "distillm2": {"gap_teacher", "gap_student"},
+    }.get(whole.name, set[str]())
+    for entry in steps_in(whole)[:-1]:  # at the last one the teacher's responses have weight 0
+        assert figures <= entry.keys()
+        assert all(math.isfinite(entry[name]) for name in figures)
+
+
+def test_seqkd_learns_the_teachers_responses_and_is_measured_on_the_datas_own(made: Path, tmp_path: Path) -> None:
+    file = tmp_path / "responses.jsonl"
+    changes = {"method": {"name": "seqkd"}, "data.responses_file": str(file), "data.validation": None}
+    changes |= {"data.validation_size": 2, "data.text": None}
+    folder = distill(tiny_run(made, tmp_path / "run", changes))
+    header, *written = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert header["teacher"] == str(made / "teacher")
+    assert len(written) == 10  # the two that are held out keep theirs
+    samples = lines(folder / "samples.jsonl")
+    asked = {q["instruction"]: q["output"] for q in questions(12)}
+    assert samples
+    assert all(asked[sample["prompt"]] == sample["reference"] for sample in samples)
+    before = file.read_bytes()
+    distill(tiny_run(made, tmp_path / "again", changes))
+    assert file.read_bytes() == before
+
+
+def test_prompts_alone_are_enough_where_the_teacher_writes(made: Path, tmp_path: Path) -> None:
+    bare = write_rows(tmp_path / "bare.jsonl", questions(8, output=False))
+    changes = {"method": {"name": "seqkd"}, "data.train": str(bare), "data.text": None, "train.steps": 2}
+    folder = distill(tiny_run(made, tmp_path / "run", changes))
+    assert len(steps_in(folder)) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ sweeps
+
+
+def grid_file(made: Path, folder: Path, changes: dict[str, Any] | None = None) -> Path:
+    short = {"train.steps": 2, "validation.every": 2, "data.text": None, "method": {"name": "sft"}}
+    path = folder / "base.yaml"
+    path.write_text(json.dumps(settings(made, folder / "runs", short | (changes or {}))), encoding="utf-8")
+    return path
+
+
+def test_a_sweep_makes_every_combination_once_and_ends_in_a_table(made: Path, tmp_path: Path) -> None:
+    base = grid_file(made, tmp_path)
+    arguments = ["sweep", str(base), "method.name=sft,seqkd,kd", "seed=1,2"]
+    dry = CliRunner().invoke(app, [*arguments, "--dry-run"])
+    names = {"sft_seed-1", "sft_seed-2", "seqkd_seed-1", "seqkd_seed-2", "kd_seed-1", "kd_seed-2"}
+    assert {Path(line).name for line in dry.stdout.splitlines()} == names
+    assert not (tmp_path / "runs").exists()
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    runs = tmp_path / "runs"
+    assert {p.name for p in runs.iterdir()} == names | {"responses.jsonl", "table.md"}
+    table = (runs / "table.md").read_text(encoding="utf-8")
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["sft", "seqkd", "kd"]
+    assert table.count("±") >= 3
+    made_at = {name: (runs / name / "report.html").stat().st_mtime_ns for name in names}
+    again = CliRunner().invoke(app, arguments)
+    assert "6 of 6 runs are finished already" in again.output
+    assert {name: (runs / name / "report.html").stat().st_mtime_ns for name in names} == made_at
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = cells_of(str(grid_file(made, tmp_path)), ["seed=1,2,3"])
+    original = pipeline._log_step  # pyright: ignore[reportPrivateUsage]
+
+    class Stopped(Exception):
+        pass
+
+    def log(project: Any, step: Any) -> None:
+        if project.run.seed == 2 and step.step == 2:
+            raise Stopped
+        original(project, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_log_step", log)
+        with pytest.raises(Stopped):
+            run_sweep(cells, Heard())
+    heard = Heard()
+    finished, failed = run_sweep(cells, heard)
+    assert len(finished) == 3
+    assert not failed
+    assert "1 of 3 runs are finished already" in heard.said
+
+
+def test_runs_side_by_side_are_those_in_turn(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    folders = []
+    for name, jobs in (("a", 1), ("b", 2)):
+        base = grid_file(made, tmp_path / name)
+        cells = cells_of(str(base), ["method.name=seqkd,distillm"])
+        torch.set_num_threads(1)
+        finished, failed = run_sweep(cells, Heard(), jobs)
+        assert not failed, failed
+        folders.append([Path(cell.run.output) for cell in finished])
+    for one, other in zip(*folders, strict=True):
+        assert [e["loss"] for e in steps_in(one)] == pytest.approx([e["loss"] for e in steps_in(other)], rel=1e-5)
+
+
+def test_a_run_that_fails_does_not_stop_the_others(made: Path, tmp_path: Path) -> None:
+    base = grid_file(made, tmp_path)
+    result = CliRunner().invoke(app, ["sweep", str(base), "optim.lr=1e30,0.01", "train.steps=4"])
+    assert isinstance(result.exception, TrainingError)
+    assert "1 of 2 runs failed" in str(result.exception)
+    assert "lr-1e30" in str(result.exception)
+    assert (tmp_path / "runs" / "lr-0.01" / "report.html").is_file()
+    assert (tmp_path / "runs" / "table.md").read_text(encoding="utf-8").count("\n") == 3
+
+
+def test_a_sweep_says_what_it_cannot_do(made: Path, tmp_path: Path) -> None:
+    base = str(grid_file(made, tmp_path))
+    with pytest.raises(ConfigError, match="nothing varies"):
+        cells_of(base, ["seed=1"])
+    with pytest.raises(ConfigError, match="two runs would be written to"):
+        cells_of(base, ["seed=1,1"])
+    with pytest.raises(ConfigError, match="is not an override"):
+        cells_of(base, ["seed"])
+    with pytest.raises(ConfigError, match=r"method\.name=kdd"):
+        cells_of(base, ["method.name=kd,kdd"])
+    cells = cells_of(base, ["evaluation.seeds=[1,2],[3]", "seed=4"])
+    assert [cell.run.evaluation.seeds for cell in cells] == [[1, 2], [3]]
+    cells = cells_of(base, ["seed=1,2"])
+    run_sweep(cells, Heard())
+    with pytest.raises(ConfigError, match="holds a finished run of other settings"):
+        run_sweep(cells_of(base, ["seed=1,2", "optim.lr=0.5"]), Heard())
+
+
+# ---------------------------------------------------------------------------------------------------------- adapters
+
+LORA = {"student.lora": {"r": 4, "dropout": 0.1}, "data.text": None}
+
+
+def test_an_adapter_trains_alone_and_is_saved_merged(made: Path, tmp_path: Path) -> None:
+    folder = distill(tiny_run(made, tmp_path / "run", LORA | {"optim.lr": 0.05}))
+    before = load_model(made / "student", device="cpu").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(folder / "student").state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("_proj" in name for name in changed)
+    saved = list_checkpoints(folder / "checkpoints")[-1] / "student.safetensors"
+    assert saved.stat().st_size < (folder / "student" / "model.safetensors").stat().st_size / 3
+
+
+def test_a_run_with_an_adapter_goes_on_bit_for_bit(made: Path, tmp_path: Path) -> None:
+    whole = distill(tiny_run(made, tmp_path / "whole", LORA))
+    short = tiny_run(made, tmp_path / "run", LORA)
+    original = pipeline._log_step  # pyright: ignore[reportPrivateUsage]
+
+    def log(project: Any, step: Any) -> None:
+        if step.step == 5:
+            raise KeyError
+        original(project, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_log_step", log)
+        with pytest.raises(KeyError):
+            distill(short)
+    folder = distill(load_run(str(tmp_path / "run"), ["resume=auto"]))
+    assert_same_run(folder, whole)
+
+
+def test_an_adapter_saved_alone_is_a_model_for_transformers_and_a_teacher_for_us(made: Path, tmp_path: Path) -> None:
+    alone = distill(tiny_run(made, tmp_path / "alone", LORA | {"student.lora": {"r": 4, "merge": False}}))
+    merged = distill(tiny_run(made, tmp_path / "merged", LORA | {"student.lora": {"r": 4}}))
+    assert (alone / "student" / "adapter_model.safetensors").is_file()
+    assert not (alone / "student" / "model.safetensors").exists()
+    ids = torch.tensor([[5, 9, 17, 4]])
+    logits = [
+        AutoModelForCausalLM.from_pretrained(folder / "student").eval()(input_ids=ids).logits
+        for folder in (alone, merged)
+    ]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
+    changes = {"teacher.path": str(alone / "student"), "train.steps": 2, "data.text": None}
+    distill(tiny_run(made, tmp_path / "next", changes))
+
+
+@pytest.mark.parametrize("name", ["distillm", "minillm", "distillm2", "seqkd"])
+def test_a_student_is_distilled_from_itself_with_more_to_read(name: str, made: Path, tmp_path: Path) -> None:
+    changes = LORA | {
+        "teacher": {"adapter_off": True},
+        "method": {"name": name},
+        "data.teacher_template": "Answer with the two words. Q: {{ instruction }}\nA: ",
+        "student.lora": {"r": 4},
+        "student.dropout": None,
+    }
+    heard = Heard()
+    folder = distill(tiny_run(made, tmp_path / "run", changes), heard)
+    assert len(steps_in(folder)) == 8
+    validations = lines(folder / "metrics.jsonl", "validation")
+    assert validations[0]["divergence"] > 0  # nothing is learned yet: they differ by what they read
+    assert weights(folder)
+    assert not events(folder, "failed")
+
+
+def test_without_more_to_read_a_teacher_that_is_the_student_agrees_with_it_at_first(made: Path, tmp_path: Path) -> None:
+    changes = LORA | {"teacher": {"adapter_off": True}, "method": {"name": "kd"}, "train.steps": 2}
+    folder = distill(tiny_run(made, tmp_path / "run", changes))
+    first, *later = lines(folder / "metrics.jsonl", "validation")
+    assert first["divergence"] == pytest.approx(0, abs=1e-6)
+    assert later
+
+
+def test_lora_says_what_it_cannot_do(made: Path, tmp_path: Path) -> None:
+    changes = LORA | {"student.lora": {"targets": ["no_such_layer"]}}
+    with pytest.raises(ConfigError, match=r"student\.lora\.targets"):
+        distill(tiny_run(made, tmp_path / "run", changes))
+
+
+def test_gpt2_takes_an_adapter_too(tmp_path: Path) -> None:
+    made = materials(tmp_path / "made")
+    tokenizer = tiny_tokenizer()
+    save(tiny_causal("gpt2", layers=1, seed=2), tokenizer, made / "student")
+    folder = distill(tiny_run(made, tmp_path / "run", LORA | {"student.dropout": None}))
+    AutoModelForCausalLM.from_pretrained(folder / "student")
