@@ -18,7 +18,7 @@ $(VENV)/.teacher: $(VENV)/.package
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.package
-	$(PIP) install -c constraints.txt -e '.[gguf,dev]'
+	$(PIP) install -c constraints.txt -e '.[gguf,lora,analysis,dev]'
 	touch $@
 
 demo: $(VENV)/.teacher

@@ -23,7 +23,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = {
     0: ["types.py", "errors.py"],
     1: ["divergences.py", "schedules.py", "explain.py"],
-    2: ["kernels/", "data/", "models.py", "heads.py", "vocabulary.py", "generation.py"],
+    2: ["kernels/", "data/", "models.py", "heads.py", "vocabulary.py", "generation.py", "adapters.py"],
     3: ["scoring.py", "sources.py", "teacher.py"],
     4: ["losses.py", "policy_gradient.py", "contrastive.py"],
     5: ["methods.py"],

@@ -295,7 +295,7 @@ def test_teacher_mixed_sampling_draws_from_the_mixture_whatever_the_batch(kind: 
         assert alone.tokens == drawn.tokens
         assert drawn.log_probs is not None
         assert len(drawn.log_probs) == len(drawn.response)
-        wanted = [float((0.4 * p.exp() + 0.6 * q.exp())[token].log()) for token, p, q in laws(pair, drawn)]
+        wanted = [(0.4 * p.exp() + 0.6 * q.exp())[token].log().item() for token, p, q in laws(pair, drawn)]
         assert drawn.log_probs == pytest.approx(wanted, abs=1e-4)
     assert together != writer(pair)(prompts, State())
 
@@ -306,7 +306,7 @@ def test_kept_log_probabilities_are_those_of_the_decoding_that_was_used() -> Non
     settings: dict[str, Any] = {"pad_id": 0, "end_ids": [1], "num_tokens": NUM_TOKENS, "keep_log_probs": True}
     model: Any = pair.student
     (drawn,) = generate(model, [prompt], Sampling(5, temperature=0.5), **settings)
-    wanted = [float((q / 0.5).log_softmax(-1)[token]) for token, q in next_token_laws(model, prompt.prompt, drawn)]
+    wanted = [(q / 0.5).log_softmax(-1)[token].item() for token, q in next_token_laws(model, prompt.prompt, drawn)]
     assert drawn.log_probs == pytest.approx(wanted, abs=1e-4)
     (greedy,) = generate(model, [prompt], Sampling(5, temperature=0), **settings)
     assert greedy.log_probs == [0.0] * len(greedy.response)

@@ -1,8 +1,11 @@
 """LoRA (arXiv:2106.09685) by peft: training an adapter, merging it, and the model without it as a teacher."""
 
 import copy
+import importlib.util
+import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .errors import ConfigError
+from .errors import ConfigError, ModelError
 from .heads import eval_mode
 
 
@@ -45,11 +48,40 @@ def add_adapter(
     return model
 
 
+def base_of(folder: Path) -> str | None:
+    """The model that the adapter in ``folder`` was trained on; None where there is no adapter or a whole model.
+
+    Raises:
+        ModelError: the adapter does not say, or peft is not installed.
+    """
+    settings = folder / "adapter_config.json"
+    if not settings.is_file() or (folder / "config.json").is_file():
+        return None
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError(f"{folder} holds an adapter, which needs peft: pip install 'distillm[lora]'")
+    try:
+        base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError, OSError) as error:
+        raise ModelError(f"cannot read {settings}: {error}") from error
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{settings} does not name the adapter's base model (base_model_name_or_path)")
+    return base
+
+
+def with_saved_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """``model`` with the adapter in ``folder`` merged into its weights."""
+    model.load_adapter(str(folder))
+    return _merge(model)
+
+
 def merged(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of ``model`` with its adapter added to its weights: an ordinary model."""
+    return _merge(copy.deepcopy(model))
+
+
+def _merge(model: PreTrainedModel) -> PreTrainedModel:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, BaseTunerLayer):
@@ -75,7 +107,7 @@ class AdapterOff(nn.Module):
     @property
     def generation_config(self) -> GenerationConfig:
         """The model's own."""
-        return cast(GenerationConfig, self.model.generation_config)
+        return self.model.generation_config
 
     @generation_config.setter
     def generation_config(self, config: GenerationConfig) -> None:

@@ -5,7 +5,7 @@ Only ``train.py`` divides, by the count over all micro-batches of the step.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def distill(
     def total(scored: Scored) -> Tensor:
         teacher, student = at_temperature(scored, temperature)
         weights = torch.full_like(scored.labels, factor, dtype=torch.float32)
-        return linear_divergence(divergence, teacher, student, weights, top_k=top_k, **parameters)
+        return linear_divergence(divergence, teacher, student, weights, top_k=top_k, **cast(dict[str, Any], parameters))
 
     name = divergence if isinstance(divergence, str) else divergence.__name__
     return (Term(name, total, reads_teacher=True),)

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .adapters import base_of, with_saved_adapter
 from .errors import ConfigError, ModelError
 from .heads import HeadReader, head_of
 
@@ -108,6 +109,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A transformers language model, in eval mode: from a folder, a hub name or a GGUF file, or built from ``config``.
 
+    The folder of a LoRA adapter gives its base with the adapter merged into it.
+
     ``config`` is a dictionary such as ``{"model_type": "llama", "hidden_size": 64}``; its weights are drawn from
     ``seed`` alone, without touching the global generators. ``dtype`` is a name such as ``float32`` or ``auto`` (as
     saved); ``device`` None is ``best_device()``. ``dropout`` sets every dropout probability of the model; None leaves
@@ -131,6 +134,13 @@ def _load(
     path: str | Path, gguf_file: str | None, dtype: str | torch.dtype, dropout: float | None, trusted: bool
 ) -> PreTrainedModel:
     source, gguf_file = _locate(path, gguf_file)
+    base = base_of(source)
+    if base is not None:
+        if not trusted:
+            _refuse_pickles(source)
+        with _explained(f"the adapter {path}"):
+            model = _load(base, None, dtype, dropout, trusted)
+            return with_saved_adapter(model, source)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     with _explained(f"the model {path}"), _quiet(source, gguf_file):
         config = AutoConfig.from_pretrained(source.as_posix(), trust_remote_code=trusted, **extra)
