@@ -25,14 +25,14 @@ LEVELS = {
     1: ["divergences.py", "schedules.py", "explain.py"],
     2: ["kernels/", "data/", "models.py", "heads.py", "vocabulary.py", "generation.py", "adapters.py"],
     3: ["scoring.py", "sources.py", "teacher.py"],
-    4: ["losses.py", "policy_gradient.py", "contrastive.py"],
+    4: ["losses.py", "policy_gradient.py", "contrastive.py", "theory.py"],
     5: ["methods.py"],
     6: ["train.py", "checkpoint.py", "folder.py", "evaluation/", "report/", "display.py"],
     7: ["config.py", "method_settings.py", "recipes/"],
     8: ["assembly.py", "rows.py", "provenance.py"],
     9: ["assess.py", "project.py"],
     10: ["pipeline.py", "commands.py"],
-    11: ["demo/", "sweep.py"],
+    11: ["demo/", "sweep.py", "analyse.py"],
     12: ["cli.py", "__main__.py"],
 }
 LEVEL_OF = {name.removesuffix("/"): level for level, names in LEVELS.items() for name in names}
@@ -45,6 +45,7 @@ KNOW_RUN = {
     "commands.py",
     "demo",
     "sweep.py",
+    "analyse.py",
     "cli.py",
 }
 

@@ -246,6 +246,26 @@ def report(
 
 
 @app.command()
+def analyse(
+    source: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run folder; none for synthetic ones.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the numbers and plots go.")] = Path("analysis"),
+    seed: Annotated[int, typer.Option(help="Of the synthetic distributions.")] = 0,
+    batches: Annotated[int, typer.Option(min=2, help="Batches of a run whose gradients are taken.")] = 16,
+) -> None:
+    """The theory, computed: gradient coefficients, errors of estimators, variance of gradients, against the skew.
+
+    As figure 3 of DistiLLM, from synthetic distributions or, at its checkpoints, from a run's own models and rows.
+    """
+    from .analyse import analyse_run, analyse_synthetic, write_analysis
+    from .display import Display
+
+    found = analyse_synthetic(seed=seed) if source is None else analyse_run(source, Display(), batches=batches)
+    typer.echo("\n".join(str(path) for path in write_analysis(found, output)))
+
+
+@app.command()
 def shrink(
     teacher: Annotated[str, typer.Argument(help="A model folder, GGUF file or hub name.")],
     output: Annotated[Path, typer.Argument(help="The student's folder.")],
