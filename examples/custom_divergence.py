@@ -1,7 +1,7 @@
 """A divergence of your own: `python examples/custom_divergence.py run.yaml`.
 
-Write it per token, from log-probabilities, teacher first: (p, q) -> one value a row. The loss on hidden states takes it as
-it is, a block of rows at a time, by autograd; no [batch, length, vocabulary] tensor is formed.
+Write it per token, from log-probabilities, teacher first: (p, q) -> one value a row. The loss on hidden states takes it
+as it is, a block of rows at a time, by autograd; no [batch, length, vocabulary] tensor is formed.
 """
 
 import sys
