@@ -78,7 +78,7 @@ def test_training_without_skew_has_the_gradient_of_the_kl() -> None:
     generator = torch.Generator().manual_seed(3)
     p, z = (2.0 * torch.randn(64, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     assert norm == pytest.approx(float((z.softmax(-1) - p.softmax(-1)).norm()) / 64)
-    norms = theory.synthetic_training("skew_kl", 0.1, steps=300, batch=64, size=5, sharpness=2.0, rate=2.0, seed=3)
+    norms = theory.synthetic_training("skew_kl", 0.1, steps=300, batch=64, size=5, sharpness=2.0, rate=40.0, seed=3)
     assert norms[-1] < norms[0] / 5
 
 

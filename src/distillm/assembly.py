@@ -180,7 +180,8 @@ def make_sampling(run: Run, temperature: float | None = None) -> Sampling:
 def make_optimizer(run: Run, student: PreTrainedModel) -> torch.optim.AdamW:
     """AdamW; the learning rate is set at each step."""
     groups = parameter_groups(student, run.optim.weight_decay)
-    return torch.optim.AdamW(groups, lr=run.optim.lr, betas=run.optim.betas, eps=run.optim.eps)
+    # One pass over the weights: on two cores 0.07 s instead of 0.50 s for 57 M of them (docs/log.md).
+    return torch.optim.AdamW(groups, lr=run.optim.lr, betas=run.optim.betas, eps=run.optim.eps, fused=True)
 
 
 def make_accelerator(run: Run) -> Accelerator:
