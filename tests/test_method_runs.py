@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import signal
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +15,28 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from distillm import pipeline
-from distillm.checkpoint import list_checkpoints
+from distillm.checkpoint import list_checkpoints, step_of
 from distillm.cli import app
 from distillm.config import load_run
-from distillm.errors import ConfigError, TrainingError
+from distillm.errors import ConfigError, DataError, Interrupted, TrainingError
 from distillm.methods import METHODS, REPLAY_RATIO
 from distillm.models import load_model
 from distillm.pipeline import distill
 from distillm.sweep import cells_of, run_sweep
 from distillm.types import State
 from tiny import save, tiny_causal, tiny_tokenizer
-from tiny_run import Heard, assert_same_run, events, lines, materials, settings, tiny_run, weights, write_rows
+from tiny_run import (
+    Heard,
+    assert_same_run,
+    events,
+    lines,
+    materials,
+    same_weights,
+    settings,
+    tiny_run,
+    weights,
+    write_rows,
+)
 from tiny_run import rows as questions
 
 
@@ -182,7 +197,8 @@ def test_a_sweep_makes_every_combination_once_and_ends_in_a_table(made: Path, tm
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     runs = tmp_path / "runs"
-    assert {p.name for p in runs.iterdir()} == names | {"responses.jsonl", "table.md"}
+    assert {p.name for p in runs.iterdir()} == names | {"table.md", *[p.name for p in runs.glob("responses-*")]}
+    assert len(list(runs.glob("responses-*.jsonl"))) == 1
     table = (runs / "table.md").read_text(encoding="utf-8")
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["sft", "seqkd", "kd"]
     assert table.count("±") >= 3
@@ -222,11 +238,16 @@ def test_runs_side_by_side_are_those_in_turn(made: Path, tmp_path: Path) -> None
     folders = []
     for name, jobs in (("a", 1), ("b", 2)):
         base = grid_file(made, tmp_path / name)
-        cells = cells_of(str(base), ["method.name=seqkd,distillm"])
+        # Values with a dot, as names of files, and decodings whose responses are not the same.
+        cells = cells_of(
+            str(base), ["method.name=seqkd,distillm", "optim.lr=0.01,0.02", "generation.max_new_tokens=2,3"]
+        )
         torch.set_num_threads(1)
         finished, failed = run_sweep(cells, Heard(), jobs)
         assert not failed, failed
         folders.append([Path(cell.run.output) for cell in finished])
+    assert len(list((tmp_path / "b" / "runs").glob("*.yaml"))) == len(folders[1]) == 8
+    assert len(list((tmp_path / "b" / "runs").glob("responses-*.jsonl"))) == 2
     for one, other in zip(*folders, strict=True):
         assert [e["loss"] for e in steps_in(one)] == pytest.approx([e["loss"] for e in steps_in(other)], rel=1e-5)
 
@@ -305,6 +326,9 @@ def test_an_adapter_saved_alone_is_a_model_for_transformers_and_a_teacher_for_us
         for folder in (alone, merged)
     ]
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
+    again = {"student.path": str(alone / "student"), "student.lora": {"merge": False}}
+    with pytest.raises(ConfigError, match="others cannot load as a base"):
+        distill(tiny_run(made, tmp_path / "again", LORA | again))
     changes = {"teacher.path": str(alone / "student"), "train.steps": 2, "data.text": None}
     distill(tiny_run(made, tmp_path / "next", changes))
 
@@ -313,7 +337,7 @@ def test_an_adapter_saved_alone_is_a_model_for_transformers_and_a_teacher_for_us
 def test_a_student_is_distilled_from_itself_with_more_to_read(name: str, made: Path, tmp_path: Path) -> None:
     changes = LORA | {
         "teacher": {"adapter_off": True},
-        "method": {"name": name},
+        "method": {"name": name} | ({"teacher_mix": 0} if name == "minillm" else {}),
         "data.teacher_template": "Answer with the two words. Q: {{ instruction }}\nA: ",
         "student.lora": {"r": 4},
         "student.dropout": None,
@@ -325,6 +349,50 @@ def test_a_student_is_distilled_from_itself_with_more_to_read(name: str, made: P
     assert validations[0]["divergence"] > 0  # nothing is learned yet: they differ by what they read
     assert weights(folder)
     assert not events(folder, "failed")
+    scored = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (folder / "eval").glob("*.json")}
+    said = {system: scored[f"numbers-{system}"]["predictions"] for system in ("before", "teacher")}
+    assert [r["predictions"] for r in said["before"]] != [r["predictions"] for r in said["teacher"]]
+    result = CliRunner().invoke(app, ["eval", str(folder), "--data", str(made / "test.jsonl")])
+    assert result.exit_code == 0, result.output
+
+
+def test_what_only_the_teacher_reads_must_fit(made: Path, tmp_path: Path) -> None:
+    long = "{% for i in range(60) %}many words {% endfor %}{{ instruction }}"
+    with pytest.raises(DataError, match=r"what the teacher is to read is longer than data\.max_length"):
+        distill(tiny_run(made, tmp_path / "run", {"data.teacher_template": long}))
+    heard = Heard()
+    words = "{{ instruction }}" + " Think." * 4
+    changes = {"data.teacher_template": words, "data.max_length": 34, "train.steps": 1, "data.text": None}
+    distill(tiny_run(made, tmp_path / "cut", changes), heard)
+    assert any("of the teacher's 12 prompts are cut to data.max_length" in line for line in heard.said)
+
+
+def test_an_epochs_responses_can_be_stopped_while_they_are_written(made: Path, tmp_path: Path) -> None:
+    """DistiLLM-2 answers 12 prompts as its second epoch begins, at step 5."""
+    changes = {"method": {"name": "distillm2"}, "data.text": None, "checkpoint.every": 100, "validation.every": 100}
+    changes |= {"generation.batch_size": 2}
+    whole = distill(tiny_run(made, tmp_path / "whole", changes))
+
+    class Stops(Heard):
+        @contextmanager
+        def phase(self, name: str, total: int, done: int = 0) -> Generator[Any]:
+            if name == "student's responses":
+                self.said.append(name)
+            with super().phase(name, total, done) as advance:
+
+                def check(*units: Any) -> None:
+                    advance(*units)
+                    if name == "student's responses" and self.said.count(name) == 2:
+                        os.kill(os.getpid(), signal.SIGINT)
+
+                yield check
+
+    with pytest.raises(Interrupted):
+        distill(tiny_run(made, tmp_path / "run", changes), Stops())
+    assert [step_of(c) for c in list_checkpoints(tmp_path / "run" / "checkpoints")] == [4]
+    folder = distill(load_run(str(tmp_path / "run"), ["resume=auto"]))
+    assert [e["loss"] for e in steps_in(folder)] == [e["loss"] for e in steps_in(whole)]
+    assert same_weights(weights(folder), weights(whole))
 
 
 def test_without_more_to_read_a_teacher_that_is_the_student_agrees_with_it_at_first(made: Path, tmp_path: Path) -> None:

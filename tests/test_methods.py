@@ -300,6 +300,19 @@ def test_teacher_mixed_sampling_draws_from_the_mixture_whatever_the_batch(kind: 
     assert together != writer(pair)(prompts, State())
 
 
+@pytest.mark.parametrize("importance", ["token", "product"])
+@pytest.mark.parametrize("drawn", [-300.0, 0.0, -1e-3])
+def test_ratios_that_leave_the_range_of_float32_give_no_nan(importance: Any, drawn: float) -> None:
+    pair = tiny_pair("gpt2", torch.float32)
+    with torch.no_grad():
+        pair.student.get_input_embeddings().weight.mul_(3e3)  # pyright: ignore[reportCallIssue, reportOperatorIssue]
+    example = answer(row(0, 4, 0), tokens(5, 6), "student", log_probs=[drawn] * 6)
+    loss = policy_gradient(importance=importance, length_normalization=True, clip=0.2)
+    value = total_of(loss, pair, example)
+    assert not value.isnan()
+    assert not any(g.isnan().any() for g in gradients(value, pair)) or not value.isfinite()
+
+
 def test_kept_log_probabilities_are_those_of_the_decoding_that_was_used() -> None:
     pair = tiny_pair("gpt2", torch.float32)
     prompt = row(0, 4, 0)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,20 @@ def test_synthetic_analysis_is_written_as_numbers_and_plots(tmp_path: Path) -> N
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_the_numbers_in_the_documents_are_those_of_the_command() -> None:
+    documents = Path(__file__).parents[1] / "docs" / "analysis"
+    written = json.loads((documents / "analysis.json").read_text(encoding="utf-8"))
+    found = analyse.analyse_synthetic()
+    assert written["settings"] == found["settings"]
+    tolerances = {"coefficients": 1e-9, "gradients": 1e-6, "errors": 0.3}  # samples may differ between processors
+    for part, tolerance in tolerances.items():
+        for one, other in zip(written[part], found[part], strict=True):
+            assert one == {k: pytest.approx(v, rel=tolerance) if isinstance(v, float) else v for k, v in other.items()}
+    for name in ("coefficients", "errors", "gradients"):
+        assert f"analysis/{name}.svg" in (documents.parent / "analysis.md").read_text(encoding="utf-8")
+        assert (documents / f"{name}.svg").is_file()
+
+
 @pytest.fixture(name="run", scope="module")
 def _run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = materials(tmp_path_factory.mktemp("made"))
@@ -117,6 +132,9 @@ def test_a_run_is_analysed_at_its_checkpoints_and_left_as_it_was(run: Path, tmp_
     before = contents(run)
     found = analyse.analyse_run(str(run), Heard(), batches=3, alphas=(0.0, 0.1))
     assert contents(run) == before
+    moved = shutil.copytree(run, tmp_path / "moved")
+    elsewhere = analyse.analyse_run(str(moved), Heard(), batches=3, alphas=(0.0, 0.1))
+    assert elsewhere["gradients"] == found["gradients"]
     assert found["settings"]["checkpoints"] == [0, 2, 4]
     assert len(found["gradients"]) == 3 * 2 * 2
     assert len(found["coefficients"]) == 3 * 4 * len(analyse.PERCENTILES)

@@ -80,6 +80,8 @@ def analyse_run(source: str, display: Display, *, batches: int = 16, alphas: Seq
         ConfigError: the run has no teacher.
     """
     run = load_run(source)
+    if (Path(source) / "run.yaml").is_file():  # which may have been moved since
+        run = run.model_copy(update={"output": source})
     if run.teacher is None:
         raise ConfigError(f"{source} has no teacher, and the theory is about what a teacher and a student say")
     project = _without_a_trace(run, display)
@@ -117,10 +119,11 @@ def _coefficients(project: Project) -> list[Found]:
         for part in micro_batches(project.validation.examples, project.run.train.micro_batch_size):
             scored = pair.score(part, state, with_teacher=True)
             assert scored.teacher is not None
-            laws = (logits(head).log_softmax(-1).double().exp() for head in (scored.teacher, scored.student))
-            p, q = (law.gather(-1, scored.labels[:, None])[:, 0].clamp(min=1e-300) for law in laws)
+            labels = scored.labels.cpu()[:, None]
+            laws = (logits(head).log_softmax(-1).cpu().double().exp() for head in (scored.teacher, scored.student))
+            p, q = (law.gather(-1, labels)[:, 0].clamp(min=1e-300) for law in laws)
             for name, found in values.items():
-                found.append(theory.gradient_coefficient(name, p, q).cpu())
+                found.append(theory.gradient_coefficient(name, p, q))
     shares = torch.tensor(PERCENTILES, dtype=torch.float64) / 100
     return [
         {"divergence": name, "percentile": percent, "coefficient": value}
@@ -142,7 +145,7 @@ def _gradient_norms(project: Project, name: str, alpha: float, batches: int) -> 
             for part in micro_batches(rows, run.train.micro_batch_size):
                 scored = project.models.pair.score(part, State(), with_teacher=True)
                 (term.total(scored) / count).backward()
-        squares = [p.grad.double().square().sum() for p in student.parameters() if p.grad is not None]
+        squares = [p.grad.float().square().sum().cpu().double() for p in student.parameters() if p.grad is not None]
         norms.append(math.sqrt(float(torch.stack(squares).sum())))
         student.zero_grad()
     return norms

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import methods, sources
-from .adapters import AdapterOff, add_adapter
+from .adapters import AdapterOff, add_adapter, base_of
 from .config import Run
 from .errors import ConfigError, ModelError
 from .generation import Mixture, Sampling, generate
@@ -63,6 +64,12 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
     else:
         student = _load(given, accelerator, run.seed, teacher_tokenizer)
     if given.lora is not None:
+        path = given.path or ""
+        if not given.lora.merge and (given.gguf_file or path.endswith(".gguf") or base_of(Path(path)) is not None):
+            raise ConfigError(
+                f"student.lora.merge=false saves the adapter beside its base, and {path} is a GGUF file or an "
+                "adapter itself, which others cannot load as a base; leave merge out"
+            )
         student = add_adapter(student, **given.lora.model_dump(exclude={"merge"}), seed=run.seed)
     if run.teacher is not None and run.teacher.adapter_off:
         teacher = cast(PreTrainedModel, AdapterOff(student))

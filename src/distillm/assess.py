@@ -11,7 +11,7 @@ from .evaluation.run import decode
 from .generation import generate
 from .rows import Rows
 from .train import validate
-from .types import Example, State
+from .types import Example, Origin, State
 
 
 def assess(
@@ -37,6 +37,7 @@ def assess(
         num_tokens=models.pair.num_tokens,
         batch_size=batch_size,
         progress=progress,
+        origin=_reads_as(models, model),
     )
     if model is models.student and models.teacher is not None:
         result["scores"]["divergence"] = summary([measure(run, models, rows.examples)["divergence"]])
@@ -54,6 +55,11 @@ def measure(run: Run, models: Models, examples: Sequence[Example]) -> dict[str, 
     )
 
 
+def _reads_as(models: Models, model: PreTrainedModel) -> Origin:
+    """The teacher may have more to read than the student."""
+    return "teacher" if model is models.teacher else "student"
+
+
 def answers(run: Run, models: Models, model: PreTrainedModel, examples: Sequence[Example]) -> list[str]:
     """Responses with the decoding of the final test, so that what selects is what is scored."""
     written = generate(
@@ -65,5 +71,6 @@ def answers(run: Run, models: Models, model: PreTrainedModel, examples: Sequence
         num_tokens=models.pair.num_tokens,
         seed=run.evaluation.seeds[0],
         batch_size=run.generation.batch_size,
+        origin=_reads_as(models, model),
     )
     return decode(models.tokenizer, written)

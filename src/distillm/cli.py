@@ -70,7 +70,8 @@ def train(
     distillm train run.yaml
     distillm train run.yaml optim.lr=1e-4 method.alpha=0.2 output=runs/second
     distillm train runs/second resume=auto      goes on where an interrupted run stopped
-    distillm train run.yaml "method={name: kd}"  another method (sft, kd, distillm) on the same data
+    distillm train run.yaml method.name=gkd     another method on the same data: sft, seqkd, kd, imitkd, gkd,
+                                                minillm, distillm or distillm2
 
     Every setting, its default and meaning: `distillm schema`. A file to start from: `distillm recipes show NAME`.
     """
@@ -346,12 +347,16 @@ def _settings_for(source: str, template: str | None, device: str | None) -> dict
     else:
         settings = read_yaml(source)
         kept = {name: settings["student"][name] for name in ("dtype", "trust_remote_code")}
+        if (settings.get("teacher") or {}).get("adapter_off"):  # the student as it was is the teacher of what it became
+            base = settings["student"]["path"]
+            settings["teacher"] = None if base is None else {"path": base, **kept}
+            settings |= {} if base else {"method": {"name": "sft"}}
         settings["student"] = {"path": str(folder / "student"), **kept}
     settings |= {"device": device or "auto", "tracker": "none"}
     if template is not None:
         settings["data"]["template"] = template
         if template != "chat":
-            settings["data"]["system"] = None
+            settings["data"] |= {"system": None, "teacher_system": None}
     return settings
 
 

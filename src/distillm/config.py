@@ -73,6 +73,13 @@ class Teacher(Model):
     def _one_origin(self) -> "Teacher":
         if self.adapter_off and self.path is not None:
             raise ValueError("give path or adapter_off, not both: with adapter_off the student is the teacher")
+        changed = [
+            n
+            for n in ("gguf_file", "tokenizer", "dtype", "trust_remote_code")
+            if getattr(self, n) != getattr(Model(), n)
+        ]
+        if self.adapter_off and changed:
+            raise ValueError(f"with adapter_off the student is the teacher: {changed[0]} says nothing; leave it out")
         return self
 
 
@@ -357,6 +364,14 @@ class Run(Section):
         }
         needs = [name for name, holds in reasons.items() if holds]
         own = self.teacher is not None and self.teacher.adapter_off
+        reads_more = [n for n in ("teacher_template", "teacher_system") if getattr(self.data, n) is not None]
+        if reads_more and self.teacher is None:
+            raise ValueError(f"data.{reads_more[0]} is what a teacher reads, and there is no teacher")
+        if reads_more and isinstance(self.method, MiniLlm) and self.method.teacher_mix > 0:
+            raise ValueError(
+                f"method.teacher_mix draws from student and teacher at the same prompt, and data.{reads_more[0]} "
+                "gives the teacher another; set method.teacher_mix=0"
+            )
         if own and (self.student.lora is None or self.student.layers is not None):
             raise ValueError("teacher.adapter_off needs student.lora, and a student of its own (path or config)")
         if needs and not own and (self.teacher is None or self.teacher.path is None):

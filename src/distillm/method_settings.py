@@ -139,6 +139,8 @@ class Distillation(Section):
             raise ValueError("temperature_squared does nothing at temperature 1")
         if self.sampling == "on_policy" and self.kd_weight < 1:
             raise ValueError("kd_weight below 1 needs the dataset's rows for its cross-entropy, on_policy has none")
+        if self.sampling != "none" and self.kd_weight == 0:
+            raise ValueError("kd_weight=0 leaves nothing to learn from the student's responses; leave sampling out")
         if self.off_policy and self.sampling in ("none", "adaptive_off_policy"):
             raise ValueError(f"off_policy says nothing about sampling={self.sampling}; leave it out")
         self._unused(("student_fraction",), self.sampling == "mixed", "sampling=mixed")

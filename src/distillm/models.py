@@ -304,7 +304,7 @@ def fingerprint(model: nn.Module) -> str:
         # In whole numbers: float32 cannot tell neighbouring places of a large tensor apart.
         count = min(64, flat.numel())
         places = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{flat[places].double().tolist()}".encode())
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{flat[places].cpu().double().tolist()}".encode())
     return digest.hexdigest()[:16]
 
 

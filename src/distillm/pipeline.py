@@ -94,7 +94,7 @@ def _resolved(project: Project) -> dict[str, float]:
 def _train(project: Project) -> None:
     state, run, total = project.state, project.run, project.state.total_steps
     began = state.step
-    with project.display.phase("train", total, began) as advance:
+    with project.display.phase("train", total, began) as advance, _saved_if_stopped(project):
         for step in training(project):
             _log_step(project, step)
             advance(step.step, _words(step))
@@ -110,6 +110,17 @@ def _train(project: Project) -> None:
                     f"stopped after step {step.step} of {total}; everything is saved. Go on with:\n"
                     f"  distillm train {project.folder.path} resume=auto"
                 )
+
+
+@contextmanager
+def _saved_if_stopped(project: Project) -> Generator[None]:
+    """A step that writes many responses may be stopped on its way: what was before it is saved."""
+    try:
+        yield
+    except Interrupted:
+        if project.state.step:
+            _save(project)
+        raise
 
 
 def _last_good(project: Project) -> str:
@@ -137,7 +148,8 @@ def _log_step(project: Project, step: Step) -> None:
 
 def _words(step: Step) -> str:
     phi, buffer = step.figures.get("probability"), step.figures.get("buffer")
-    adaptive = "" if phi is None else f"  {step.batch}  p {phi:.1f}  buffer {buffer}"
+    adaptive = "" if phi is None else f"  {step.batch}  p {phi:.1f}"
+    adaptive += "" if buffer is None else f"  buffer {buffer}"
     loss = "skipped" if step.skipped else f"loss {step.loss:.3f}"
     return f"{loss}  {step.tokens / step.seconds:.0f} tok/s{adaptive}"
 

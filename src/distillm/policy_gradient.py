@@ -9,6 +9,7 @@ in expectation over responses of q. Responses that were drawn from another distr
 an older student's) are weighted by how much likelier q makes them.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,17 +63,19 @@ def weigh(scored: Scored, importance: Importance, length_normalization: bool, cl
     rewards, log_ratio = log_p - log_q, log_q - drawn
     ratio = log_ratio.exp()
     if importance == "product":
-        upto = _sums_so_far(log_ratio, scored.sequence).exp()
+        upto = _sums_so_far(log_ratio, scored.sequence)
         # A reward is reached by the tokens up to its own; the choice at t by those before t.
-        reached, returns = upto / ratio, _sums_after(upto * rewards, scored.sequence)
+        reached, returns = (upto - log_ratio).exp(), _sums_after(upto.exp() * rewards, scored.sequence)
     else:
         reached, returns = ratio, _sums_after(rewards, scored.sequence)
     if length_normalization:
         returns = returns / _sums_after(torch.ones_like(rewards), scored.sequence).clamp(min=1.0)
-    gained = returns if importance == "product" else ratio * returns
+    share = 1.0 if importance == "product" else ratio  # the returns of a product hold their ratios already
+    gained = share * returns
     kept = torch.ones_like(gained, dtype=torch.bool)
     if clip is not None:
-        bounded = ratio.clamp(1 - clip, 1 + clip) * (gained / ratio)
+        held = log_ratio.clamp(math.log(1 - clip), math.log(1 + clip))
+        bounded = (held - log_ratio).clamp(max=60).exp() * returns if importance == "product" else held.exp() * returns
         kept, gained = gained <= bounded, torch.minimum(gained, bounded)
     long = torch.where(kept, gained, 0.0)
     figures = {"reward": rewards, "importance": ratio, "clipped": (~kept).to(rewards.dtype)}

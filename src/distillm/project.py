@@ -2,7 +2,8 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -85,6 +86,12 @@ def build(
     asked = "all" if run.data.responses == "teacher" else absent
     validation = answered(rows.validation, models, responses, by_teacher=asked)
     tests = {name: answered(test, models, responses, by_teacher=absent) for name, test in rows.tests.items()}
+
+    @contextmanager
+    def phase(name: str, total: int) -> Generator[Callable[..., None]]:
+        with display.phase(name, total) as advance:
+            yield unless_stopped(stop, advance)
+
     buffer = assembly.make_buffer(run, len(train.examples))
     _say_cut(run, models, [train, validation, *tests.values()], display)
     return Project(
@@ -95,7 +102,7 @@ def build(
         validation=validation,
         tests=tests,
         text=rows.text,
-        method=assembly.make_method(run, models, train.examples, rows.text, buffer, display.phase),
+        method=assembly.make_method(run, models, train.examples, rows.text, buffer, phase),
         optimizer=assembly.make_optimizer(run, models.student),
         accelerator=accelerator,
         state=State(total_steps=steps),

@@ -9,7 +9,7 @@ from . import sources
 from .assembly import Models, Note
 from .config import Data, Run, Source
 from .data import InstructionTask, all_texts, read_rows, text_examples
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, first_of
 from .teacher import Responses
 from .types import Example
 from .vocabulary import turn_end
@@ -109,12 +109,15 @@ def _held_out(run: Run, train: Rows) -> tuple[Rows, Rows]:
 
 def check_room(models: Models, examples: Sequence[Example], new_tokens: int = 0) -> None:
     """Raise ConfigError where a row, or a prompt and ``new_tokens`` of answer, is longer than a model can read."""
-    row = max(examples, key=lambda e: len(e.tokens))
-    prompt = max(examples, key=lambda e: e.start)
     for name, model in (("student", models.student), ("teacher", models.teacher)):
         room = None if model is None else getattr(model.config, "max_position_embeddings", None)
         if not isinstance(room, int):
             continue
+        read = examples
+        if name == "teacher":
+            read = [e if e.teacher_context is None else _as_read(e) for e in examples]
+        row = max(read, key=lambda e: len(e.tokens))
+        prompt = max(read, key=lambda e: e.start)
         if len(row.tokens) > room:
             raise ConfigError(
                 f"{row.id} has {len(row.tokens)} tokens, but the {name} reads at most {room}; "
@@ -125,6 +128,12 @@ def check_room(models: Models, examples: Sequence[Example], new_tokens: int = 0)
                 f"{prompt.id} has a prompt of {prompt.start} tokens, which with max_new_tokens={new_tokens} is more "
                 f"than the {room} that the {name} reads; lower generation.max_new_tokens or data.max_prompt"
             )
+
+
+def _as_read(example: Example) -> Example:
+    context = example.teacher_context or []
+    tokens = context + example.response
+    return replace(example, tokens=tokens, targets=[False] * len(context) + [True] * len(example.response))
 
 
 def task_of(data: Data) -> InstructionTask:
@@ -173,16 +182,39 @@ def tokenised(
     )
     note(f"{source}: {report}")
     if data.teacher_template is not None or data.teacher_system is not None:
-        other = replace(task, template=data.teacher_template or data.template, system=data.teacher_system)
-        contexts = other.prompts(rows, models.tokenizer, max_prompt=data.max_length - 1, source=name)
-        found = dict(zip((f"{name}:{i}" for i in range(len(rows))), contexts, strict=True))
-        examples = [replace(e, teacher_context=found[e.id]) for e in examples]
+        examples = _for_teacher(data, task, rows, examples, models, name, note)
     ids = [f"{name}:{i}" for i in range(len(rows))]
     references = {row_id: task.references(row, row_id=row_id) for row_id, row in zip(ids, rows, strict=True)}
     written = {row_id: task.user_text(row, row_id=row_id) for row_id, row in zip(ids, rows, strict=True)}
     decode = models.tokenizer.decode
     prompts = {e.id: written[e.id] or cast(str, decode(e.prompt, skip_special_tokens=True)) for e in examples}
     return Rows(examples, references, prompts)
+
+
+def _for_teacher(
+    data: Data,
+    task: InstructionTask,
+    rows: Sequence[Mapping[str, Any]],
+    examples: list[Example],
+    models: Models,
+    name: str,
+    note: Note,
+) -> list[Example]:
+    """``examples`` with what the teacher reads in place of their prompts."""
+    template = data.teacher_template or data.template
+    system = data.teacher_system or (data.system if template == "chat" else None)
+    other = replace(task, template=template, system=system)
+    prompts = other.prompts(rows, models.tokenizer, max_prompt=data.max_length - 1, source=name)
+    empty = [e.id for e in examples if not prompts[e.id][0]]
+    if empty:
+        raise DataError(
+            f"{first_of(empty)}: what the teacher is to read is longer than data.max_length without the instruction; "
+            "raise data.max_length, or shorten the row or the teacher's template"
+        )
+    cut = sum(prompts[e.id][1] for e in examples)
+    if cut:
+        note(f"{name}: {cut} of the teacher's {len(examples)} prompts are cut to data.max_length")
+    return [replace(e, teacher_context=prompts[e.id][0]) for e in examples]
 
 
 def answered(

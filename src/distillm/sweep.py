@@ -1,5 +1,6 @@
 """A grid of runs that differ in a few settings; finished ones are not repeated, and one table ends it."""
 
+import hashlib
 import itertools
 import os
 import re
@@ -60,13 +61,20 @@ def cells_of(source: str, overrides: Sequence[str]) -> list[Cell]:
         folder = Path(run.output)
         changes: dict[str, Any] = {"output": str(folder / _name(settings)), "resume": "auto"}
         if run.teacher_writes and run.data.responses_file is None:
-            drawn = f"-seed-{run.seed}" if run.data.responses_temperature else ""
-            changes["data"] = run.data.model_copy(update={"responses_file": str(folder / f"responses{drawn}.jsonl")})
+            name = f"responses-{_decoding(run)}.jsonl"
+            changes["data"] = run.data.model_copy(update={"responses_file": str(folder / name)})
         found.append(Cell(settings, run.model_copy(update=changes)))
     twice = {cell.run.output for cell in found if sum(other.run.output == cell.run.output for other in found) > 1}
     if twice:
         raise ConfigError(f"two runs would be written to {min(twice)}; give each combination once")
     return found
+
+
+def _decoding(run: Run) -> str:
+    """A short name of all that a file of the teacher's responses belongs to: other responses need another file."""
+    drawn = run.seed if run.data.responses_temperature else None
+    said = [run.teacher and run.teacher.model_dump(), run.generation.model_dump(exclude={"batch_size"})]
+    return hashlib.sha256(repr([*said, run.data.responses_temperature, drawn]).encode()).hexdigest()[:8]
 
 
 def _name(settings: dict[str, str]) -> str:
@@ -108,28 +116,36 @@ def _in_turn(waiting: Sequence[Cell], display: Display) -> dict[str, str]:
         display.note(f"\nrun {done + 1} of {len(waiting)}: {Path(cell.run.output).name}{left}")
         try:
             distill(cell.run, display)
-        except DistillmError as error:
-            if error.exit_code == 130:
+        except Exception as error:
+            memory = "OutOfMemoryError" in type(error).__name__
+            if not memory and (not isinstance(error, DistillmError) or error.exit_code == 130):
                 raise
-            failed[cell.run.output] = str(error)
-            display.note(f"error: {error}")
+            failed[cell.run.output] = "out of memory: lower train.micro_batch_size" if memory else str(error)
+            display.note(f"error: {failed[cell.run.output]}")
     return failed
 
 
 def _together(waiting: Sequence[Cell], display: Display, jobs: int) -> dict[str, str]:
     """Each run in a process of its own, with its share of the processor."""
-    for cell in {(c.run.data.responses_file, c.run.seed): c for c in waiting if c.run.teacher_writes}.values():
-        build(cell.run.model_copy(update={"output": f"{cell.run.output}.responses"}), display)  # once, before all
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    queue, running = list(waiting), dict[Any, tuple[Cell, Path]]()
     failed: dict[str, str] = {}
+    writing = {(c.run.data.model_dump_json(), c.run.seed): c for c in waiting if c.run.teacher_writes}
+    for cell in writing.values():  # once, before all, so that no two processes write one file
+        try:
+            build(cell.run.model_copy(update={"output": f"{cell.run.output}.responses"}), display)
+        except DistillmError as error:
+            if error.exit_code == 130:
+                raise
+            failed |= {c.run.output: str(error) for c in waiting if c.run.data == cell.run.data}
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    queue = [cell for cell in waiting if cell.run.output not in failed]
+    running = dict[Any, tuple[Cell, Path]]()
     try:
         while queue or running:
             while queue and len(running) < jobs:
                 cell = queue.pop(0)
                 folder = Path(cell.run.output)
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                wanted, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
+                wanted, log = (folder.with_name(f"{folder.name}.{kind}") for kind in ("yaml", "log"))
                 write_text(wanted, as_yaml(cell.run))
                 with log.open("ab") as file:
                     process = subprocess.Popen(
@@ -137,6 +153,7 @@ def _together(waiting: Sequence[Cell], display: Display, jobs: int) -> dict[str,
                         stdout=file,
                         stderr=file,
                         env=os.environ | {"OMP_NUM_THREADS": threads},
+                        start_new_session=True,  # a terminal's Ctrl-C would reach it twice, which stops it at once
                     )
                 running[process] = cell, log
                 display.note(f"began {folder.name} ({log})")

@@ -151,10 +151,10 @@ class InstructionTask:
 
     def prompts(
         self, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, max_prompt: int, source: str
-    ) -> list[list[int]]:
-        """The prompt of every row as ids, cut to ``max_prompt``; none where nothing of the user's text fits."""
+    ) -> dict[str, tuple[list[int], bool]]:
+        """By row id the prompt and whether it was cut to ``max_prompt``; none where nothing of the user's text fits."""
         ids = [f"{source}:{i}" for i in range(len(rows))]
-        return [prompt for prompt, _ in self._prompts(rows, ids, tokenizer, max_prompt)]
+        return dict(zip(ids, self._prompts(rows, ids, tokenizer, max_prompt), strict=True))
 
     def _prompts(
         self, rows: Sequence[Mapping[str, Any]], ids: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_prompt: int

