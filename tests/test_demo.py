@@ -40,8 +40,8 @@ def test_the_quick_demo_ends_in_a_table_of_its_own_scores(tmp_path: Path) -> Non
         ]
     assert "one fixed answer" in said.getvalue()
     # Tiny models are quick: the most that --quick makes.
-    assert "24 steps of sft first, then 12 of each" in said.getvalue()
-    for run, count in ((first, 24), (sft, 12), (student, 12)):
+    assert "24 steps of sft first, then 8 of each" in said.getvalue()
+    for run, count in ((first, 24), (sft, 8), (student, 8)):
         entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         assert sum(entry["kind"] == "step" for entry in entries) == count
     for run in (sft, student):  # equal starts
@@ -54,7 +54,7 @@ def test_a_slow_machine_makes_the_fewest_steps(tmp_path: Path, monkeypatch: pyte
     said = StringIO()
     display = Display(Console(file=said, width=120))
     run_demo(tmp_path / "demo", display, quick=True, teacher=str(tmp_path / "teacher"))
-    assert "4 steps of sft first, then 2 of each" in said.getvalue()
+    assert "6 steps of sft first, then 2 of each" in said.getvalue()
 
 
 def test_without_its_teacher_the_demo_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,8 @@ def run_demo(output: Path, display: Display, *, quick: bool, teacher: str | None
     distillm = dataset + settings["method"]["initial_probability"] * (generating - dataset)
     beside = BESIDE[quick] * generating
     left = BUDGET[quick] - beside - (time.monotonic() - began)
-    count = max(4, min(most, int(left / (sft + (sft + distillm) / 2))))
-    then = count // 2
+    count = max(6, min(most, int(left / (sft + (sft + distillm) / 3))))
+    then = count // 3
     display.note(
         f"a step takes {sft:.1f} s with sft and {distillm:.1f} s with distillm here: {count} steps of sft first, then "
         f"{then} of each, about {clock(count * sft + then * (sft + distillm) + beside)} more"
