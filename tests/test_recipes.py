@@ -52,7 +52,8 @@ def with_tiny_parts(recipe: str, folder: Path) -> dict[str, Any]:
     depth = {list: lambda: max(layers) + 1, int: lambda: layers + 1}.get(type(layers), lambda: 2)()
     for name, seed, deep in (("teacher", 1, depth), ("student", 2, 1)):
         if settings.get(name, {}).get("path") is not None:
-            model = tiny_causal(kind, vocab_size=len(tokenizer), layers=deep, seed=seed, **room)
+            # Padded, as real ones are: the tokenizer class of a family may add tokens of its own.
+            model = tiny_causal(kind, vocab_size=len(tokenizer) + 8, layers=deep, seed=seed, **room)
             save(model, tokenizer, folder / name)
             settings[name]["path"] = str(folder / name)
     made = {"train": rows(12), "validation": rows(4, 20), "test": rows(3, 40)}
