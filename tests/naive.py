@@ -1,6 +1,7 @@
 """The loss of a step, written out: one row at a time, full logits, one token at a time. Slow, and plain to see."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,16 +9,26 @@ from torch import Tensor
 from distillm.scoring import Pair
 from distillm.types import Example
 from rows import NUM_TOKENS
+from tiny import layout_for
 
 
 def next_token_laws(model: torch.nn.Module, context: list[int], example: Example) -> list[tuple[int, Tensor]]:
     """Each target token and the log-probabilities with which the model expected it."""
     laws = list[tuple[int, Tensor]]()
-    full = model(input_ids=torch.tensor([context + example.response])).logits[0]
+    full = logits_before(model, context, example.response)
     for i, token in enumerate(example.response):
         if example.targets[example.start + i]:
-            laws.append((token, full[len(context) + i - 1, :NUM_TOKENS].log_softmax(-1)))
+            laws.append((token, full[i, :NUM_TOKENS].log_softmax(-1)))
     return laws
+
+
+def logits_before(model: Any, context: list[int], response: list[int]) -> Tensor:
+    """The logits before each token of ``response``, and those after it: one row in one pass, without padding."""
+    layout = layout_for(model)
+    if not layout.start:
+        return model(input_ids=torch.tensor([context + response])).logits[0, len(context) - 1 :]
+    decoder = torch.tensor([[*layout.start, *response]])
+    return model(input_ids=torch.tensor([[*context, *layout.close]]), decoder_input_ids=decoder).logits[0]
 
 
 def divergence(name: str, p: Tensor, q: Tensor, alpha: float) -> Tensor:

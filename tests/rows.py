@@ -14,7 +14,7 @@ from distillm.scoring import Pair
 from distillm.sources import Draw, ReplayBuffer
 from distillm.train import Step, training_steps
 from distillm.types import Example, Origin, State
-from tiny import tiny_causal
+from tiny import layout_for, tiny_model
 
 NUM_TOKENS = 41
 
@@ -40,15 +40,18 @@ def text_row(number: int, length: int) -> Example:
 def pair_of(student: Any, teacher: Any | None, pad_id: int = 0, num_tokens: int = NUM_TOKENS) -> Pair:
     student.requires_grad_(True)
     read_teacher = None if teacher is None else head_of(freeze(teacher))
-    return Pair(student, teacher, head_of(student), read_teacher, num_tokens, pad_id, torch.device("cpu"))
+    layout = layout_for(student, pad_id)
+    teacher_layout = None if teacher is None else layout_for(teacher, pad_id)
+    reader = head_of(student)
+    return Pair(student, teacher, reader, read_teacher, num_tokens, layout, torch.device("cpu"), teacher_layout)
 
 
 def tiny_pair(
     kind: str = "llama", dtype: torch.dtype = torch.float64, teacher_kind: str = "llama", **config: Any
 ) -> Pair:
     """A student and a wider vocabulary's teacher; both are padded beyond the tokens they share."""
-    student = tiny_causal(kind, vocab_size=NUM_TOKENS + 3, layers=1, seed=1, **config)
-    teacher = tiny_causal(teacher_kind, vocab_size=NUM_TOKENS + 7, seed=2)
+    student = tiny_model(kind, vocab_size=NUM_TOKENS + 3, layers=1, seed=1, **config)
+    teacher = tiny_model(teacher_kind, vocab_size=NUM_TOKENS + 7, seed=2)
     return pair_of(student.to(dtype), teacher.to(dtype))
 
 

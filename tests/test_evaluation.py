@@ -14,7 +14,7 @@ from distillm.errors import DataError
 from distillm.evaluation import evaluate, exact_match, rouge_l, score_predictions, summary
 from distillm.generation import Sampling, generate
 from distillm.pipeline import distill
-from distillm.types import Example
+from distillm.types import Example, Layout
 from tiny import SENTENCES, tiny_causal, tiny_tokenizer
 from tiny_run import lines, materials, scores, tiny_run, write_rows
 
@@ -158,7 +158,7 @@ def test_every_seed_is_an_answer_of_its_own_and_is_what_generate_gives(
     lengths, cut = [], []
     for number, seed in enumerate([4, 9]):
         answers = generate(
-            model, examples, sampling, pad_id=0, end_ids=END, num_tokens=len(tokenizer), seed=seed, batch_size=2
+            model, examples, sampling, layout=Layout(0), end_ids=END, num_tokens=len(tokenizer), seed=seed, batch_size=2
         )
         texts = [tokenizer.decode(answer.response, skip_special_tokens=True).strip() for answer in answers]
         assert [row["predictions"][number] for row in found["predictions"]] == texts

@@ -10,7 +10,7 @@ from distillm.data import InstructionTask, collate
 from distillm.losses import RESPONSES, TEXT, Loss, Term, distill, nll, scaled
 from distillm.methods import METHODS, Method, kd, sft, with_text
 from distillm.scoring import Scored
-from distillm.types import IGNORE, Example, Head, State, answer
+from distillm.types import IGNORE, Example, Head, Layout, State, answer
 from rows import context, fixed, one_step, row, text_row, tiny_pair
 from tiny import tiny_tokenizer
 
@@ -86,7 +86,7 @@ def test_counts_are_the_labels_that_collation_makes() -> None:
     gaps = Example("chat", [5, 6, 7, 8, 9, 3], [False, True, True, False, True, False])
     for rows in ([row(0, 3, 4), gaps], [text_row(0, 7), text_row(1, 3)], [row(1, 2, 0), gaps]):
         count = only_term(nll(origins=RESPONSES | TEXT)).count(rows)
-        assert count == int((collate(rows, 0).labels != IGNORE).sum())
+        assert count == int((collate(rows, Layout(0)).labels != IGNORE).sum())
 
 
 def test_scaling_multiplies_weights_and_leaves_the_loss_it_was_given() -> None:
@@ -113,7 +113,7 @@ def test_dataset_and_generated_rows_with_the_same_tokens_get_the_same_labels_and
     generated = [answer(e, list(e.response), "student", born=3) for e in data]
     assert [(g.tokens, g.targets) for g in generated] == [(d.tokens, d.targets) for d in data]
     assert all(d.tokens[-1] == 1 and d.targets[-1] for d in data)
-    labels = [collate(rows, 1).labels for rows in (data, generated)]
+    labels = [collate(rows, Layout(1)).labels for rows in (data, generated)]
     assert torch.equal(labels[0], labels[1])
     assert sorted(labels[0][0][labels[0][0] != IGNORE].tolist()) == sorted(data[0].response)
     pair = tiny_pair(kind)

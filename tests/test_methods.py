@@ -15,10 +15,10 @@ from distillm.losses import distill
 from distillm.methods import METHODS, Method
 from distillm.policy_gradient import policy_gradient
 from distillm.scoring import Pair
-from distillm.types import Example, State, answer
-from naive import next_token_laws
+from distillm.types import Example, Layout, State, answer
+from naive import logits_before, next_token_laws
 from rows import NUM_TOKENS, context, fixed, one_step, pair_of, row, tiny_pair, tokens
-from tiny import tiny_causal
+from tiny import tiny_model
 
 ROWS = [row(0, 3, 5), row(1, 9, 2), row(2, 2, 7, teacher_context=tokens(70, 5)), row(3, 4, 3)]
 
@@ -38,7 +38,7 @@ def writer(pair: Pair) -> Any:
             model,
             prompts,
             Sampling(6),
-            pad_id=0,
+            layout=pair.layout_for(writer),
             end_ids=[1],
             num_tokens=NUM_TOKENS,
             step=state.step,
@@ -147,10 +147,11 @@ def method_of(name: str, pair: Pair, settings: dict[str, Any]) -> Method:
     return METHODS[name](context(fixed(ROWS), writer(pair)), **settings)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "t5", "bart"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_of_each_method_is_the_naive_one_however_it_is_split(case: str) -> None:
+def test_a_step_of_each_method_is_the_naive_one_however_it_is_split(case: str, kind: str) -> None:
     name, settings, naive = CASES[case]
-    pair = tiny_pair("gpt2", teacher_kind="gpt2")
+    pair = tiny_pair(kind, teacher_kind=kind)
     origins = {"minillm": {"student"}, "imitkd": {"student"}, "distillm2": {"teacher", "student"}}.get(name)
     for size in (1, 2, 100):
         step, found = one_step(pair, method_of(name, pair, settings), size)
@@ -206,9 +207,9 @@ def test_distillm2_takes_the_usual_gap_from_the_first_epoch_alone() -> None:
 END, LONGEST, SMALL = 1, 3, 4
 
 
-@pytest.fixture(name="small", scope="module")
-def small_pair() -> Pair:
-    student, teacher = (tiny_causal("gpt2", vocab_size=SMALL, layers=1, seed=seed).double() for seed in (3, 4))
+@pytest.fixture(name="small", scope="module", params=["gpt2", "t5"])
+def small_pair(request: pytest.FixtureRequest) -> Pair:
+    student, teacher = (tiny_model(request.param, vocab_size=SMALL, layers=1, seed=seed).double() for seed in (3, 4))
     with torch.no_grad():  # the laws of fresh models are all but uniform
         for model in (student, teacher):
             model.get_input_embeddings().weight.mul_(6.0)
@@ -229,11 +230,10 @@ def responses(begun: tuple[int, ...] = ()) -> Iterator[list[int]]:
 def log_laws(pair: Pair, response: list[int]) -> tuple[Tensor, Tensor]:
     """``log p`` (no gradients) and ``log q`` of the response's tokens."""
     assert pair.teacher is not None
-    ids, at = torch.tensor([PROMPT.tokens + response]), slice(PROMPT.start - 1, -1)
     chosen = torch.tensor(response)[:, None]
     with torch.no_grad():
-        p = pair.teacher(input_ids=ids).logits[0, at].log_softmax(-1).gather(-1, chosen)[:, 0]
-    return p, pair.student(input_ids=ids).logits[0, at].log_softmax(-1).gather(-1, chosen)[:, 0]
+        p = logits_before(pair.teacher, PROMPT.tokens, response)[:-1].log_softmax(-1).gather(-1, chosen)[:, 0]
+    return p, logits_before(pair.student, PROMPT.tokens, response)[:-1].log_softmax(-1).gather(-1, chosen)[:, 0]
 
 
 def total_of(loss: Any, pair: Pair, example: Example) -> Tensor:
@@ -276,15 +276,15 @@ def test_on_policy_gradients_hold_the_probability_of_responses_constant(
         weight = log_laws(small, y)[1].sum().exp().detach()
         assert small.teacher is not None
         with torch.no_grad():
-            p = small.teacher(input_ids=torch.tensor([example.tokens])).logits[0, 2:-1].log_softmax(-1)
-        q = small.student(input_ids=torch.tensor([example.tokens])).logits[0, 2:-1].log_softmax(-1)
+            p = logits_before(small.teacher, PROMPT.tokens, y)[:-1].log_softmax(-1)
+        q = logits_before(small.student, PROMPT.tokens, y)[:-1].log_softmax(-1)
         exact = exact + weight * DIVERGENCES[name](p, q, **parameters).sum()
         found = found + weight * total_of(loss, small, example)
     for one, other in zip(gradients(found, small), gradients(exact, small), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "gemma2"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "gemma2", "t5", "bart"])
 def test_teacher_mixed_sampling_draws_from_the_mixture_whatever_the_batch(kind: str) -> None:
     pair = tiny_pair(kind, torch.float32, kind)
     prompts = [row(i, length, 0) for i, length in enumerate((2, 9, 5))]
@@ -316,7 +316,7 @@ def test_ratios_that_leave_the_range_of_float32_give_no_nan(importance: Any, dra
 def test_kept_log_probabilities_are_those_of_the_decoding_that_was_used() -> None:
     pair = tiny_pair("gpt2", torch.float32)
     prompt = row(0, 4, 0)
-    settings: dict[str, Any] = {"pad_id": 0, "end_ids": [1], "num_tokens": NUM_TOKENS, "keep_log_probs": True}
+    settings: dict[str, Any] = {"layout": Layout(0), "end_ids": [1], "num_tokens": NUM_TOKENS, "keep_log_probs": True}
     model: Any = pair.student
     (drawn,) = generate(model, [prompt], Sampling(5, temperature=0.5), **settings)
     wanted = [(q / 0.5).log_softmax(-1)[token].item() for token, q in next_token_laws(model, prompt.prompt, drawn)]

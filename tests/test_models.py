@@ -354,12 +354,41 @@ def test_layers_that_do_not_exist_are_errors(layers: int | list[int]) -> None:
 
 
 def test_models_that_cannot_be_shrunk_say_so() -> None:
-    with pytest.raises(ModelError, match="only decoder-only models"):
-        shrink(tiny("bart"), 1)
+    with pytest.raises(ModelError, match="leave decoder_layers out"):
+        shrink(tiny("llama"), 1, decoder_layers=1)
     teacher = copy.deepcopy(tiny("llama"))
     teacher.config.num_hidden_layers = 7
     with pytest.raises(ModelError, match="no list of 7 layers"):
         shrink(teacher, 2)
+
+
+@pytest.mark.parametrize("kind", SEQ2SEQ)
+def test_an_encoder_decoder_is_shrunk_in_both_stacks(kind: str, tmp_path: Path) -> None:
+    teacher = tiny(kind, layers=4)
+    student = shrink(teacher, 3, decoder_layers=[0, 2])
+    for part, kept in (("encoder", [0, 1, 3]), ("decoder", [0, 2])):
+        stacks = [
+            next(m for m in getattr(each, f"get_{part}")().modules() if isinstance(m, torch.nn.ModuleList))
+            for each in (teacher, student)
+        ]
+        assert len(stacks[1]) == len(kept)
+        for new, old in enumerate(kept):
+            wanted = stacks[0][old].state_dict()
+            for name, tensor in stacks[1][new].state_dict().items():
+                assert torch.equal(tensor, wanted[name])
+    save(student, None, tmp_path)
+    again = load_model(tmp_path, device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), student.parameters(), strict=True))
+    assert student.num_parameters() < teacher.num_parameters()
+
+
+@pytest.mark.parametrize("kind", SEQ2SEQ)
+def test_all_layers_of_an_encoder_decoder_are_the_teacher_itself(kind: str) -> None:
+    teacher = tiny(kind, layers=2)
+    ids = torch.arange(2, 8)[None]
+    with torch.no_grad():
+        one, other = (m(input_ids=ids, decoder_input_ids=ids).logits for m in (teacher, shrink(teacher, 2)))
+    assert torch.equal(one, other)
 
 
 def test_a_fingerprint_tells_weights_apart_whatever_their_size():

@@ -12,6 +12,7 @@ from command_line import refused
 from distillm.errors import TrainingError
 from distillm.generation import Sampling, generate
 from distillm.pipeline import distill
+from distillm.types import Layout
 from rows import NUM_TOKENS, prompts
 from tiny import tiny_causal
 from tiny_run import events, lines, materials, scores, tiny_run
@@ -42,7 +43,9 @@ def shifted(rows: list[int], at: int, column: int | slice, value: float) -> Any:
 
 
 def written(model: Any, sampling: Sampling, end_ids: list[int], **options: Any) -> list[Any]:
-    return generate(model, prompts(5, 3, 4), sampling, pad_id=0, end_ids=end_ids, num_tokens=NUM_TOKENS, **options)
+    return generate(
+        model, prompts(5, 3, 4), sampling, layout=Layout(0), end_ids=end_ids, num_tokens=NUM_TOKENS, **options
+    )
 
 
 @pytest.mark.parametrize("at", [0, 3])

@@ -14,7 +14,7 @@ from distillm.methods import Method, distillm, kd, sft, with_text
 from distillm.schedules import learning_rate
 from distillm.sources import dataset
 from distillm.train import micro_batches, parameter_groups, validate
-from distillm.types import Example, State
+from distillm.types import Example, Layout, State
 from naive import cross_entropy_of, divergence_of
 from rows import (
     NUM_TOKENS,
@@ -39,7 +39,9 @@ TEXT_WEIGHT = 0.3
 
 
 def answering(pair: Any, prompts_: Sequence[Example], state: State) -> list[Example]:
-    return generate(pair.student, prompts_, Sampling(6), pad_id=0, end_ids=[1], num_tokens=NUM_TOKENS, step=state.step)
+    return generate(
+        pair.student, prompts_, Sampling(6), layout=Layout(0), end_ids=[1], num_tokens=NUM_TOKENS, step=state.step
+    )
 
 
 def build(name: str, pair: Any) -> Method:
@@ -249,10 +251,12 @@ def test_end_tokens_are_learned_even_where_one_serves_as_padding(pad_id: int, en
         rows[-1] = Example(f"row:{i}", rows[-1].tokens + response, [False] * 2 + [True] * len(response))
     student = trained(rows, pad_id)
     greedy = Sampling(12, temperature=0.0)
-    found = generate(student, rows, greedy, pad_id=pad_id, end_ids=ends, num_tokens=NUM_TOKENS)
+    found = generate(student, rows, greedy, layout=Layout(pad_id), end_ids=ends, num_tokens=NUM_TOKENS)
     assert [r.response for r in found] == [r.response for r in rows]
     assert not any(truncated(r, ends) for r in found)
-    cut = generate(student, rows, Sampling(4, temperature=0.0), pad_id=pad_id, end_ids=ends, num_tokens=NUM_TOKENS)
+    cut = generate(
+        student, rows, Sampling(4, temperature=0.0), layout=Layout(pad_id), end_ids=ends, num_tokens=NUM_TOKENS
+    )
     assert [truncated(r, ends) for r in cut] == [length > 3 for length in lengths]
     assert all(not set(r.response) & set(ends) for r in cut if truncated(r, ends))
 

@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from distillm.types import Layout
+
 PAD, EOS = "<pad>", "</s>"
 
 SENTENCES = [
@@ -149,6 +151,17 @@ def tiny_seq2seq(kind: str = "bart", vocab_size: int = 300, layers: int = 2, see
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias.copy_(torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(seed + 1)))
     return model
+
+
+def tiny_model(kind: str, **options: Any) -> Any:
+    """A tiny model of either kind, by its name."""
+    return (tiny_seq2seq if kind in ("bart", "marian", "t5") else tiny_causal)(kind, **options)
+
+
+def layout_for(model: Any, pad_id: int = 0) -> Layout:
+    """How ``model`` is fed; an encoder reads the end token last."""
+    config = model.config
+    return Layout(pad_id, (config.decoder_start_token_id,), (1,)) if config.is_encoder_decoder else Layout(pad_id)
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> Path:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .methods import kd as kd
     from .methods import sft as sft
     from .models import head_of as head_of
+    from .models import layout_of as layout_of
     from .models import load_model as load_model
     from .models import load_tokenizer as load_tokenizer
     from .models import shrink as shrink
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from .types import Batch as Batch
     from .types import Example as Example
     from .types import Head as Head
+    from .types import Layout as Layout
     from .types import State as State
     from .vocabulary import shared_tokens as shared_tokens
     from .vocabulary import train_tokenizer as train_tokenizer
@@ -78,14 +80,14 @@ _HOMES = {
     "generation": ["Sampling", "generate"],
     "kernels": ["linear_cross_entropy", "linear_divergence"],
     "methods": ["Context", "Method", "distillm", "kd", "sft"],
-    "models": ["head_of", "load_model", "load_tokenizer", "shrink"],
+    "models": ["head_of", "layout_of", "load_model", "load_tokenizer", "shrink"],
     "pipeline": ["distill"],
     "project": ["build", "steps"],
     "report": ["write_report"],
     "scoring": ["Pair", "Scored"],
     "sources": ["ReplayBuffer"],
     "train": ["Step", "training_steps", "validate"],
-    "types": ["Batch", "Example", "Head", "State"],
+    "types": ["Batch", "Example", "Head", "Layout", "State"],
     "vocabulary": ["shared_tokens", "train_tokenizer"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

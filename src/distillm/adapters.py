@@ -123,6 +123,15 @@ class AdapterOff(nn.Module):
         with self._switched_off():
             return self.model.generate(**inputs)  # pyright: ignore[reportCallIssue, reportUnknownVariableType]
 
+    def get_encoder(self) -> Any:
+        """The model's encoder without its adapter."""
+
+        def encode(**inputs: Any) -> Any:
+            with self._switched_off():
+                return self.model.get_encoder()(**inputs)  # pyright: ignore[reportCallIssue]
+
+        return encode
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The model's weights but for the adapter, which is not part of this teacher."""
         return {name: value for name, value in self.model.state_dict().items() if ".lora_" not in name}

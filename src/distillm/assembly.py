@@ -23,7 +23,7 @@ from .errors import ConfigError, ModelError
 from .generation import Mixture, Sampling, generate
 from .method_settings import Distillation, Distillm2, MiniLlm
 from .methods import Context, Method
-from .models import freeze, head_of, load_model, load_tokenizer, shrink
+from .models import freeze, head_of, layout_of, load_model, load_tokenizer, shrink
 from .scoring import Pair
 from .sources import ReplayBuffer
 from .train import parameter_groups
@@ -60,7 +60,9 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
     given = run.student
     if given.layers is not None:
         assert teacher is not None
-        student = shrink(teacher, given.layers, dropout=given.dropout).to(getattr(torch, given.dtype))  # pyright: ignore[reportArgumentType]
+        student = shrink(teacher, given.layers, decoder_layers=given.decoder_layers, dropout=given.dropout).to(
+            getattr(torch, given.dtype)
+        )  # pyright: ignore[reportArgumentType]
     else:
         student = _load(given, accelerator, run.seed, teacher_tokenizer)
     if given.lora is not None:
@@ -76,10 +78,6 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
     tokenizer = _tokenizer(given, teacher_tokenizer)
     num_tokens = shared_tokens(tokenizer, teacher_tokenizer or tokenizer)
     for name, model in (("student", student), ("teacher", teacher)):
-        if model is not None and model.config.is_encoder_decoder:
-            raise ModelError(
-                f"the {name} is an encoder-decoder ({model.config.model_type}); only causal models train yet"
-            )
         size = num_tokens if model is None else _vocabulary(model)
         if size < num_tokens:
             raise ModelError(f"the {name} has {size} embeddings, fewer than the {num_tokens} tokens of its tokenizer")
@@ -104,8 +102,9 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
         read_student=read_student,
         read_teacher=read_teacher,
         num_tokens=num_tokens,
-        pad_id=cast(int, tokenizer.pad_token_id),
+        layout=layout_of(student, tokenizer),
         device=accelerator.device,
+        teacher_layout=None if teacher is None else layout_of(teacher, tokenizer),
     )
     ends = end_ids(student, tokenizer)
     if teacher is not None:
@@ -155,7 +154,7 @@ def make_method(
                 model,
                 prompts,
                 sampling,
-                pad_id=models.pair.pad_id,
+                layout=models.pair.layout_for(writer),
                 end_ids=models.end_ids,
                 num_tokens=models.pair.num_tokens,
                 seed=run.seed,

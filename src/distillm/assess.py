@@ -1,6 +1,7 @@
 """Score a run's model on rows: the one place that selection, the final test and ``distillm eval`` share."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from transformers import PreTrainedModel
 
@@ -11,7 +12,7 @@ from .evaluation.run import decode
 from .generation import generate
 from .rows import Rows
 from .train import validate
-from .types import Example, Origin, State
+from .types import Example, State
 
 
 def assess(
@@ -33,6 +34,7 @@ def assess(
         rows.prompts,
         make_sampling(run, run.evaluation.temperature),
         seeds,
+        layout=models.pair.layout_for(_reads_as(models, model)),
         end_ids=models.end_ids,
         num_tokens=models.pair.num_tokens,
         batch_size=batch_size,
@@ -55,7 +57,7 @@ def measure(run: Run, models: Models, examples: Sequence[Example]) -> dict[str, 
     )
 
 
-def _reads_as(models: Models, model: PreTrainedModel) -> Origin:
+def _reads_as(models: Models, model: PreTrainedModel) -> Literal["student", "teacher"]:
     """The teacher may have more to read than the student."""
     return "teacher" if model is models.teacher else "student"
 
@@ -66,7 +68,7 @@ def answers(run: Run, models: Models, model: PreTrainedModel, examples: Sequence
         model,
         examples,
         make_sampling(run, run.evaluation.temperature),
-        pad_id=models.pair.pad_id,
+        layout=models.pair.layout_for(_reads_as(models, model)),
         end_ids=models.end_ids,
         num_tokens=models.pair.num_tokens,
         seed=run.evaluation.seeds[0],

@@ -33,7 +33,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Model(Section):
-    """A causal language model."""
+    """A language model: causal, or an encoder-decoder."""
 
     path: str | None = None
     """A model folder, a hub name, or a GGUF file."""
@@ -93,6 +93,8 @@ class Student(Model):
     """A transformers configuration to build the student from, such as {model_type: llama, hidden_size: 256}."""
     layers: PositiveInt | list[NonNegativeInt] | None = None
     """Initialise the student with so many of the teacher's layers, evenly spaced, or with these ones."""
+    decoder_layers: PositiveInt | list[NonNegativeInt] | None = None
+    """Of an encoder-decoder, the decoder's, where they are others than the encoder's."""
     dropout: Fraction | None = None
     """Every dropout of the model; unset leaves the model's own."""
     lora: Lora | None = None
@@ -106,6 +108,8 @@ class Student(Model):
             raise ValueError(f"give exactly one of path, config and layers (found {found})")
         if self.gguf_file is not None and self.path is None:
             raise ValueError(f"gguf_file is a file inside path, and {given[0]} is given instead; leave gguf_file out")
+        if self.decoder_layers is not None and self.layers is None:
+            raise ValueError("decoder_layers goes with layers (the encoder's)")
         if self.lora is not None and not self.lora.merge and self.path is None:
             raise ValueError(f"lora.merge=false needs a base that others can load, and {given[0]} is none; merge it")
         if self.trust_remote_code and self.layers is not None and self.tokenizer is None:

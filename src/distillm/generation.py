@@ -10,11 +10,13 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.modeling_outputs import BaseModelOutput
 
+from .data.collate import lay_out_prompts
 from .errors import TrainingError, first_of
 from .heads import eval_mode
-from .types import Example, Origin, answer
+from .types import Example, Layout, Origin, answer
 
 
 @dataclass(frozen=True)
@@ -75,57 +77,79 @@ class Mixture:
 class _Mix:
     """A logits processor that turns one model's logits into the log-probabilities of a ``Mixture``."""
 
-    def __init__(self, mixture: Mixture, mask: Tensor, num_tokens: int):
-        self.mixture, self.mask, self.num_tokens, self.cache = mixture, mask, num_tokens, None
+    def __init__(self, mixture: Mixture, inputs: dict[str, Tensor], num_tokens: int):
+        self.mixture, self.num_tokens, self.cache = mixture, num_tokens, None
+        self.inputs, self.answering = _encoded(mixture.model, inputs)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         new = input_ids if self.cache is None else input_ids[:, -1:]
-        grown = input_ids.shape[1] - self.mask.shape[1]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), grown)], 1)
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
-        out: Any = self.mixture.model(
-            input_ids=new,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        mask_name = self.answering.replace("input_ids", "attention_mask")
+        mask = self.inputs[mask_name]
+        mask = torch.cat([mask, mask.new_ones(len(mask), input_ids.shape[1] - mask.shape[1])], 1)
+        self.inputs[mask_name] = mask
+        if self.answering == "input_ids":
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+            self.inputs |= {"position_ids": positions, "logits_to_keep": 1}
+        out: Any = self.mixture.model(**self.inputs | {self.answering: new}, past_key_values=self.cache, use_cache=True)
         self.cache = out.past_key_values
         other, own = (x[:, : self.num_tokens].float().log_softmax(-1) for x in (out.logits[:, -1], scores))
         return torch.logaddexp(other + math.log(self.mixture.share), own + math.log1p(-self.mixture.share))
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch alone."""
+        self.inputs = _rows_of(self.inputs, rows)
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
 
 
 class _Choose:
     """A logits processor that leaves one token possible: the greedy one, or the row's own draw.
 
     ``bad`` ``[B]`` is the first position without a finite largest logit, ``max_new_tokens`` where there is none. There
-    the row gets ``stop``, and nobody waits for the device: who called `generate` looks once, afterwards.
-    ``log_probs``, where kept, are those of the chosen tokens, a tensor ``[B]`` a position.
+    the row gets an end token, and nobody waits for the device: who called `generate` looks once, afterwards.
+    ``log_probs`` ``[B, max_new_tokens]``, where kept, are those of the chosen tokens. ``rows`` are the rows of the
+    batch that are still written; the response begins at ``begin``.
     """
 
-    def __init__(self, sampling: Sampling, draws: Tensor, num_tokens: int, stop: int, keep: bool = False):
-        self.log_probs: list[Tensor] | None = [] if keep else None
-        self.sampling, self.draws, self.num_tokens, self.stop, self.position = sampling, draws, num_tokens, stop, 0
+    def __init__(
+        self, sampling: Sampling, draws: Tensor, num_tokens: int, end_ids: Sequence[int], begin: int, keep: bool = False
+    ):
+        self.sampling, self.draws, self.num_tokens, self.begin = sampling, draws, num_tokens, begin
+        self.ends = torch.tensor(list(end_ids), dtype=torch.long, device=draws.device)
+        self.stop = next(iter(end_ids), 0)
         self.bad = torch.full((len(draws),), sampling.max_new_tokens, device=draws.device)
+        self.log_probs = torch.zeros(draws.shape, device=draws.device) if keep else None
+        self.rows = torch.arange(len(draws), device=draws.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        position = input_ids.shape[1] - self.begin
         logits = scores[:, : self.num_tokens].float()  # the padding of the vocabulary is never sampled
         if self.sampling.temperature == 0:
             chosen = logits.argmax(-1)
         else:
             logits = filtered(logits, self.sampling)
-            chosen = draw(logits, self.draws[:, self.position])
+            chosen = draw(logits, self.draws[self.rows, position])
         # NaN and +inf are found by the largest, and so is a row of -inf alone; some models forbid tokens by -inf.
         bad = ~logits.amax(-1).isfinite()
-        self.bad = torch.where(bad, self.bad.clamp(max=self.position), self.bad)
+        self.bad[self.rows] = torch.where(bad, self.bad[self.rows].clamp(max=position), self.bad[self.rows])
         chosen = chosen.masked_fill(bad, self.stop)
-        if self.log_probs is not None:
-            greedy = self.sampling.temperature == 0  # which draws its token with certainty
+        if self.log_probs is not None and self.sampling.temperature > 0:  # greedily a token is drawn with certainty
             drawn = logits.log_softmax(-1).gather(-1, chosen[:, None]).squeeze(-1)
-            self.log_probs.append(torch.zeros_like(drawn) if greedy else drawn)
-        self.position += 1
+            self.log_probs[self.rows, position] = drawn
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
+
+    def half_ended(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """A criterion to stop at: half of the rows have ended, so that the others go on without them."""
+        ended = self.ended(input_ids)
+        return (2 * ended.sum() >= len(ended)).expand(len(ended))
+
+    def ended(self, ids: Tensor) -> Tensor:
+        """Which rows of ``ids`` ``[B, T]`` have an end token in their response."""
+        return torch.isin(ids[:, self.begin :], self.ends).any(1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these of ``rows`` alone."""
+        self.rows = self.rows[rows]
 
 
 def generate(
@@ -133,7 +157,7 @@ def generate(
     prompts: Sequence[Example],
     sampling: Sampling,
     *,
-    pad_id: int,
+    layout: Layout,
     end_ids: Sequence[int],
     num_tokens: int,
     seed: int = 0,
@@ -159,7 +183,7 @@ def generate(
         rows = order[at : at + batch_size]
         contexts = [_context(prompts[i], origin) for i in rows]
         draws = np.stack([uniforms(seed, step, prompts[i].id, sampling.max_new_tokens) for i in rows])
-        drawn = _respond(model, contexts, sampling, draws, pad_id, end_ids, num_tokens, mixture, keep_log_probs)
+        drawn = _respond(model, contexts, sampling, draws, layout, end_ids, num_tokens, mixture, keep_log_probs)
         if any(drawn.bad):
             raise _not_finite([prompts[i].id for i in rows], sum(drawn.bad))
         for i, response, log_probs in zip(rows, drawn.responses, drawn.log_probs, strict=True):
@@ -193,42 +217,93 @@ def _respond(
     contexts: list[list[int]],
     sampling: Sampling,
     draws: np.ndarray,
-    pad_id: int,
+    layout: Layout,
     end_ids: Sequence[int],
     num_tokens: int,
     mixture: Mixture | None,
     keep_log_probs: bool,
 ) -> _Drawn:
     device = model.device
-    longest = max(len(c) for c in contexts)
-    ids = torch.tensor([[pad_id] * (longest - len(c)) + c for c in contexts], device=device)
-    mask = torch.tensor([[0] * (longest - len(c)) + [1] * len(c) for c in contexts], device=device)
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    stop = next(iter(end_ids), 0)
-    choose = _Choose(sampling, torch.from_numpy(draws).to(device=device, dtype=dtype), num_tokens, stop, keep_log_probs)
-    mixed = [] if mixture is None else [_Mix(mixture, mask, num_tokens)]
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=sampling.max_new_tokens,
-        pad_token_id=pad_id,
-        eos_token_id=list(end_ids),
-        use_cache=True,
-    )
+    given = {name: value.to(device) for name, value in lay_out_prompts(contexts, layout).items()}
     with eval_mode(model), _own_settings(model):
-        out: Any = cast(Any, model).generate(
-            inputs=ids,
-            attention_mask=mask,
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([*mixed, choose]),
+        begin = given.get("decoder_input_ids", given["input_ids"]).shape[1]
+        choose = _Choose(
+            sampling, torch.from_numpy(draws).to(device, dtype), num_tokens, end_ids, begin, keep_log_probs
         )
-    responses = [_until_end(row, end_ids) for row in out[:, longest:].tolist()]
+        mixed = [] if mixture is None else [_Mix(mixture, given, num_tokens)]
+        responses = _written(model, given, choose, mixed, layout)
+    responses = [_until_end(row, end_ids) for row in responses]
     # What comes after a row's end is not looked at.
     bad = [at < len(row) for at, row in zip(choose.bad.tolist(), responses, strict=True)]
     kept: list[list[float] | None] = [None] * len(responses)
     if choose.log_probs is not None:
-        rows = torch.stack(choose.log_probs, 1).tolist()
-        kept = [values[: len(row)] for values, row in zip(rows, responses, strict=True)]
+        kept = [values[: len(row)] for values, row in zip(choose.log_probs.tolist(), responses, strict=True)]
     return _Drawn(responses, bad, kept)
+
+
+def _written(
+    model: PreTrainedModel, given: dict[str, Tensor], choose: _Choose, mixed: list[_Mix], layout: Layout
+) -> list[list[int]]:
+    """The tokens of each row; whenever half of the rows have ended, the others go on in a smaller batch."""
+    inputs, answering = _encoded(model, given)
+    longest = choose.begin + choose.sampling.max_new_tokens
+    responses: list[list[int]] = [[] for _ in given[answering]]
+    # Apple's GPUs learn of a stop one token late: there the rows stay together.
+    halving = [] if model.device.type == "mps" else [cast(Any, choose.half_ended)]
+    while len(choose.rows):
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=longest - inputs[answering].shape[1],
+            pad_token_id=layout.pad_id,
+            eos_token_id=choose.ends.tolist(),
+            decoder_start_token_id=next(iter(layout.start), None),
+            use_cache=True,
+            return_dict_in_generate=True,
+        )
+        out: Any = cast(Any, model).generate(
+            **inputs,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([*mixed, choose]),
+            stopping_criteria=StoppingCriteriaList(halving),
+        )
+        done = choose.ended(out.sequences) | (out.sequences.shape[1] >= longest)
+        for row, ids, is_done in zip(choose.rows.tolist(), out.sequences.tolist(), done.tolist(), strict=True):
+            if is_done:
+                responses[row] = ids[choose.begin :]
+        rows = (~done).nonzero().squeeze(-1)
+        inputs = _rows_of(inputs | {answering: out.sequences}, rows)
+        mask_name = answering.replace("input_ids", "attention_mask")
+        mask = inputs[mask_name]
+        grown = out.sequences.shape[1] - mask.shape[1]
+        inputs[mask_name] = torch.cat([mask, mask.new_ones(len(mask), grown)], 1)
+        if len(rows):
+            out.past_key_values.reorder_cache(rows)
+            inputs["past_key_values"] = out.past_key_values
+        for each in (choose, *mixed):
+            each.keep(rows)
+    return responses
+
+
+def _encoded(model: PreTrainedModel, given: dict[str, Tensor]) -> tuple[dict[str, Any], str]:
+    """The inputs of ``model``, what an encoder says in place of what it reads, and the name of the ids it goes on."""
+    if "decoder_input_ids" not in given:
+        return dict(given), "input_ids"
+    read = {name: given[name] for name in ("input_ids", "attention_mask")}
+    said: Any = cast(Any, model).get_encoder()(**read)
+    inputs = {name: value for name, value in given.items() if name != "input_ids"}
+    return inputs | {"encoder_outputs": BaseModelOutput(last_hidden_state=said.last_hidden_state)}, "decoder_input_ids"
+
+
+def _rows_of(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """The same inputs for some rows of the batch; a cache is reordered by whoever holds it."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, BaseModelOutput):
+            return BaseModelOutput(last_hidden_state=cast(Any, value.last_hidden_state)[rows])
+        return value[rows] if isinstance(value, Tensor) else value
+
+    return {name: of(value) for name, value in inputs.items()}
 
 
 def _not_finite(ids: list[str], bad: int) -> TrainingError:

@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -28,10 +28,22 @@ from transformers import (
 from transformers.utils import logging
 
 from .adapters import base_of, with_saved_adapter
+from .data.tokenize import around
 from .errors import ConfigError, ModelError
 from .heads import HeadReader, head_of
+from .types import Layout
 
-__all__ = ["HeadReader", "best_device", "freeze", "head_of", "load_model", "load_tokenizer", "num_parameters", "shrink"]
+__all__ = [
+    "HeadReader",
+    "best_device",
+    "freeze",
+    "head_of",
+    "layout_of",
+    "load_model",
+    "load_tokenizer",
+    "num_parameters",
+    "shrink",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -64,6 +76,31 @@ def num_parameters(model: nn.Module) -> int:
 def freeze(model: Model) -> Model:
     """Put ``model`` in eval mode, ask for no gradients, and return it."""
     return model.eval().requires_grad_(False)
+
+
+def layout_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """How ``model`` is fed: one sequence, or an encoder's input and, after the decoder's first tokens, a response.
+
+    Those are its start token and, where it has one, the token that it is made to write first (BART's BOS, a language's
+    code). Raises ModelError where an encoder-decoder names no start token.
+    """
+    pad_id: Any = tokenizer.pad_token_id
+    if not model.config.is_encoder_decoder:
+        return Layout(pad_id)
+
+    def named(name: str) -> int | None:
+        return next(
+            (i for c in (model.generation_config, model.config) if (i := getattr(c, name, None)) is not None), None
+        )
+
+    start = named("decoder_start_token_id")
+    if start is None:
+        raise ModelError(
+            f"{type(model).__name__} names no token that its decoder starts with; give decoder_start_token_id in its "
+            "config.json, or in student.config"
+        )
+    forced = named("forced_bos_token_id")
+    return Layout(pad_id, (start,) if forced is None else (start, forced), tuple(around(tokenizer)[1]))
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
@@ -175,10 +212,14 @@ def _build(
     with _explained(f"a {kind} model from its config"):
         _check_names(kind, settings)
         config = AutoConfig.for_model(**settings)
-        if not config.is_encoder_decoder:
-            # An architecture's default ids belong to some other tokenizer: they would end responses at random tokens.
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        # An architecture's default ids belong to some other tokenizer: they would end responses at random tokens.
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, settings.get(name))
+        if config.is_encoder_decoder:
+            for name in ("forced_bos_token_id", "forced_eos_token_id"):
                 setattr(config, name, settings.get(name))
+            # T5's and Marian's way.
+            config.decoder_start_token_id = settings.get("decoder_start_token_id", settings.get("pad_token_id"))
         _set_dropout(config, dropout)
         if dtype == "auto":
             dtype = config.dtype or "float32"
@@ -318,44 +359,100 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 # -------------------------------------------------------------------------------------------------------- shrinking
 
 
-def shrink(teacher: PreTrainedModel, layers: int | Sequence[int], *, dropout: float | None = None) -> PreTrainedModel:
-    """A student that starts as ``teacher`` with only some of its decoder layers, in eval mode on the same device.
+Layers = int | Sequence[int]
+
+
+def shrink(
+    teacher: PreTrainedModel,
+    layers: Layers,
+    *,
+    decoder_layers: Layers | None = None,
+    dropout: float | None = None,
+) -> PreTrainedModel:
+    """A student that starts as ``teacher`` with only some of its layers, in eval mode on the same device.
 
     A number keeps that many evenly spaced layers, the first and the last among them; a sequence names them, ascending
-    from 0. Embeddings, norms, head and generation settings are copies; ``dropout`` is as in ``load_model``.
-    Raises ModelError for layers that do not exist and for models whose layers cannot be taken out (encoder-decoders,
-    unknown structures).
+    from 0. Of an encoder-decoder ``layers`` are the encoder's and, unless ``decoder_layers`` says otherwise, the
+    decoder's. Embeddings, norms, head and generation settings are copies; ``dropout`` is as in ``load_model``.
+    Raises ModelError for layers that do not exist and for models whose layers cannot be taken out.
     """
     config: Any = copy.deepcopy(teacher.config)
-    if config.is_encoder_decoder:
-        raise ModelError(f"only decoder-only models can be shrunk, and {type(teacher).__name__} has an encoder too")
-    num_layers: int = config.num_hidden_layers
-    kept = _kept(layers, num_layers)
-    prefix = _layers_name(teacher, num_layers)
-    for name, value in _layer_lists(teacher.config, kept).items():
-        setattr(config, name, value)
-    config.num_hidden_layers = len(kept)
+    stacks = _stacks(teacher)
+    if decoder_layers is not None and "decoder" not in stacks:
+        raise ModelError(
+            f"{type(teacher).__name__} has no encoder, and layers are its decoder's; leave decoder_layers out"
+        )
+    asked = {name: layers if name != "decoder" or decoder_layers is None else decoder_layers for name in stacks}
+    kept = {name: _kept(asked[name], stack.size) for name, stack in stacks.items()}
+    if "decoder" not in stacks:
+        for name, value in _layer_lists(teacher.config, kept[""]).items():
+            setattr(config, name, value)
+    for name, stack in stacks.items():
+        for setting in stack.settings:
+            setattr(config, setting, len(kept[name]))
     _set_dropout(config, dropout)
-    new_index = {old: new for new, old in enumerate(kept)}
     weights: dict[str, Tensor] = {}
     for name, tensor in teacher.state_dict().items():
-        if match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name):
-            if int(match[1]) not in new_index:
-                continue
-            name = f"{prefix}.{new_index[int(match[1])]}.{name[match.end() :]}"
-        weights[name] = tensor.detach().clone()
-    with _explained(f"layers {kept} of {type(teacher).__name__}"), _quiet(Path(), None):
+        new_name = _renamed(name, stacks, kept)
+        if new_name is not None:
+            weights[new_name] = tensor.detach().clone()
+    said = " and ".join(f"{name} layers {which}".strip() for name, which in kept.items())
+    with _explained(f"{said} of {type(teacher).__name__}"), _quiet(Path(), None):
         architecture: Any = type(teacher)
         student, report = architecture.from_pretrained(
             None, config=config, state_dict=weights, dtype=teacher.dtype, output_loading_info=True
         )
     if wrong := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
         raise ModelError(
-            f"layers {kept} of {type(teacher).__name__} do not fit a model of {len(kept)} layers (first: {wrong[0]}); "
-            "its layers differ by position, so keep a pattern that repeats"
+            f"{said} of {type(teacher).__name__} do not fit a model of so many layers (first: {wrong[0]}); "
+            "its layers differ by position, so keep a pattern that repeats (and the first one)"
         )
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.to(teacher.device).eval()
+
+
+class _Stack(NamedTuple):
+    """A list of layers by its name in the model, its length, and the settings that hold the length."""
+
+    prefix: str
+    size: int
+    settings: tuple[str, ...]
+
+
+def _stacks(model: PreTrainedModel) -> dict[str, _Stack]:
+    """The stacks of layers of ``model``: "encoder" and "decoder", or "" for the only one."""
+    config: Any = model.config
+    if not config.is_encoder_decoder:
+        size: int = config.num_hidden_layers
+        return {"": _Stack(_layers_name(model, size), size, ("num_hidden_layers",))}
+    parts: dict[str, nn.Module] = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}  # pyright: ignore[reportAssignmentType]
+    modules = {id(module): name for name, module in model.named_modules()}
+    # T5 calls its encoder's number num_layers; BART repeats it as num_hidden_layers.
+    names = {
+        "encoder": ("encoder_layers", "num_layers", "num_hidden_layers"),
+        "decoder": ("decoder_layers", "num_decoder_layers"),
+    }
+    stacks: dict[str, _Stack] = {}
+    for part, module in parts.items():
+        settings = tuple(name for name in names[part] if name in {*config.to_dict(), *config.attribute_map})
+        if not settings:
+            raise ModelError(
+                f"the {part} of {type(model).__name__} cannot be shrunk: its configuration has no {names[part]}"
+            )
+        size = getattr(config, settings[0])
+        stacks[part] = _Stack(f"{modules[id(module)]}.{_layers_name(module, size)}", size, settings)
+    return stacks
+
+
+def _renamed(name: str, stacks: Mapping[str, _Stack], kept: Mapping[str, list[int]]) -> str | None:
+    """The student's name of the teacher's tensor ``name``; None where its layer goes."""
+    for part, stack in stacks.items():
+        if match := re.match(rf"{re.escape(stack.prefix)}\.(\d+)\.", name):
+            layer = int(match[1])
+            if layer not in kept[part]:
+                return None
+            return f"{stack.prefix}.{kept[part].index(layer)}.{name[match.end() :]}"
+    return name
 
 
 def _kept(layers: int | Sequence[int], num_layers: int) -> list[int]:

@@ -194,7 +194,7 @@ def save_student(run: Run, models: Models, target: Path) -> None:
     lora = run.student.lora
     with written_aside(target) as scratch:
         models.student.generation_config.eos_token_id = list(models.end_ids)
-        models.student.generation_config.pad_token_id = models.pair.pad_id
+        models.student.generation_config.pad_token_id = models.pair.layout.pad_id
         student = merged(models.student) if lora is not None and lora.merge else models.student
         save_model(student, models.tokenizer, scratch)
 
@@ -210,7 +210,7 @@ def _responses(run: Run, models: Models, folder: RunFolder, display: Display, st
                 models.teacher,
                 prompts,
                 sampling,
-                pad_id=models.pair.pad_id,
+                layout=models.pair.layout_for("teacher"),
                 end_ids=models.end_ids,
                 num_tokens=models.pair.num_tokens,
                 seed=run.seed,

@@ -109,21 +109,23 @@ def _held_out(run: Run, train: Rows) -> tuple[Rows, Rows]:
 
 def check_room(models: Models, examples: Sequence[Example], new_tokens: int = 0) -> None:
     """Raise ConfigError where a row, or a prompt and ``new_tokens`` of answer, is longer than a model can read."""
-    for name, model in (("student", models.student), ("teacher", models.teacher)):
+    both: dict[Literal["student", "teacher"], Any] = {"student": models.student, "teacher": models.teacher}
+    for name, model in both.items():
         room = None if model is None else getattr(model.config, "max_position_embeddings", None)
         if not isinstance(room, int):
             continue
+        layout = models.pair.layout_for(name)
         read = examples
         if name == "teacher":
             read = [e if e.teacher_context is None else _as_read(e) for e in examples]
-        row = max(read, key=lambda e: len(e.tokens))
+        row = max(read, key=lambda e: layout.longest(e.start, len(e.tokens) - e.start))
         prompt = max(read, key=lambda e: e.start)
-        if len(row.tokens) > room:
+        if layout.longest(row.start, len(row.tokens) - row.start) > room:
             raise ConfigError(
                 f"{row.id} has {len(row.tokens)} tokens, but the {name} reads at most {room}; "
                 "lower data.max_length (data.text_length for plain text)"
             )
-        if prompt.start + new_tokens > room and new_tokens:
+        if new_tokens and layout.longest(prompt.start, new_tokens) > room:
             raise ConfigError(
                 f"{prompt.id} has a prompt of {prompt.start} tokens, which with max_new_tokens={new_tokens} is more "
                 f"than the {room} that the {name} reads; lower generation.max_new_tokens or data.max_prompt"

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .data import collate
 from .models import HeadReader
-from .types import IGNORE, Example, Head, Origin, State
+from .types import IGNORE, Example, Head, Layout, Origin, State
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,25 @@ class Pair:
     read_student: HeadReader
     read_teacher: HeadReader | None
     num_tokens: int
-    pad_id: int
+    layout: Layout
     device: torch.device
+    teacher_layout: Layout | None = None
+    """The student's unless given."""
+
+    def layout_for(self, reader: Literal["student", "teacher"]) -> Layout:
+        """How the student or the teacher is fed."""
+        return self.layout if reader == "student" or self.teacher_layout is None else self.teacher_layout
 
     def score(self, examples: Sequence[Example], state: State, *, with_teacher: bool) -> Scored:
         """Let the models read ``examples``; gradients, where they are on, reach the student alone."""
-        batch = collate(examples, self.pad_id).to(self.device)
+        batch = collate(examples, self.layout).to(self.device)
         target = batch.labels != IGNORE
         student = self.read_student(self.student, batch)
         teacher = None
         if with_teacher:
             assert self.teacher is not None
             assert self.read_teacher is not None
-            reads = collate(examples, self.pad_id, reader="teacher").to(self.device)
+            reads = collate(examples, self.layout_for("teacher"), reader="teacher").to(self.device)
             with torch.no_grad():
                 teacher = _one_dtype(self.read_teacher(self.teacher, reads)).narrow(self.num_tokens)
         return Scored(

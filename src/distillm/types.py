@@ -59,6 +59,22 @@ def answer(
     return Example(prompt.id, tokens, targets, origin, born, prompt.teacher_context, log_probs)
 
 
+class Layout(NamedTuple):
+    """How a model is fed. Without ``start`` it is causal: prompt and response are one sequence.
+
+    With ``start``, the decoder's first tokens, it is an encoder-decoder: the encoder reads the prompt and ``close``,
+    the decoder the response.
+    """
+
+    pad_id: int
+    start: tuple[int, ...] = ()
+    close: tuple[int, ...] = ()
+
+    def longest(self, prompt: int, response: int) -> int:
+        """The positions that the model needs for so many tokens: an encoder-decoder reads the two apart."""
+        return max(prompt + len(self.close), len(self.start) + response - 1) if self.start else prompt + response
+
+
 class Batch(NamedTuple):
     """What one model reads: ``inputs`` for its forward, and ``labels[b, t]``, the token predicted AT position ``t``.
 

@@ -1,6 +1,6 @@
 """Files -> rows -> ``Example`` -> ``Batch``: reading, templates, tokenisation and collation."""
 
-from .collate import collate
+from .collate import collate, lay_out_prompts
 from .read import read_rows
 from .task import InstructionTask, LengthReport
 from .text import all_texts, text_examples
@@ -13,6 +13,7 @@ __all__ = [
     "collate",
     "encode_prompts",
     "encode_responses",
+    "lay_out_prompts",
     "read_rows",
     "text_examples",
 ]

@@ -1,6 +1,7 @@
 """Text -> token ids, in one place, so that training, generation and evaluation read the same tokens."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,7 +11,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, 
 
     ``has_specials``: the texts come from a chat template, which has written the special tokens itself.
     """
-    front = [] if has_specials else _front(tokenizer)
+    front = [] if has_specials else around(tokenizer)[0]
     ids = _plain(tokenizer, texts)
     # A user's template may begin with the BOS token's text, which must not be doubled.
     return [row if row[: len(front)] == front else front + row for row in ids]
@@ -18,7 +19,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, 
 
 def encode_responses(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], end_id: int) -> list[list[int]]:
     """The ids of each response and the end token, which is learned like every other."""
-    return [[*row, end_id] for row in _plain(tokenizer, texts)]
+    # Some translation models have another vocabulary for what they write.
+    return [[*row, end_id] for row in _plain(tokenizer, texts, "text_target")]
 
 
 def longest_fit(tokenizer: PreTrainedTokenizerBase, text: str, fits: Callable[[str], bool], num_tokens: int) -> str:
@@ -41,20 +43,26 @@ def longest_fit(tokenizer: PreTrainedTokenizerBase, text: str, fits: Callable[[s
     return text[: cuts[low - 1]].rstrip() if low else ""
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def _plain(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], side: Literal["text", "text_target"] = "text"
+) -> list[list[int]]:
     if not texts:
         return []
     # verbose: our own limits apply, not the tokenizer's warning about the model's length.
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    settings: Any = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    encoded: Any = tokenizer(**{side: list(texts)}, **settings)
     return [list(row) for row in encoded["input_ids"]]
 
 
-def _front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer itself puts in front of a text. ``bos_token_id`` does not say: GPT-2 has one and adds none."""
+def around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer itself puts in front of a text, and behind one that an encoder reads.
+
+    ``bos_token_id`` does not say: GPT-2 has one and adds none.
+    """
     probe = "a"
     whole: list[int] = list(tokenizer(probe)["input_ids"])
     body = _plain(tokenizer, [probe])[0]
     if not body:
-        return [i for i in whole[:1] if i == tokenizer.bos_token_id]
+        return [i for i in whole[:1] if i == tokenizer.bos_token_id], []
     start = next(i for i in range(len(whole)) if whole[i : i + len(body)] == body)
-    return whole[:start]
+    return whole[:start], whole[start + len(body) :]

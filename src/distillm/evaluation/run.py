@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError
 from ..generation import Sampling, generate, truncated
-from ..types import Example, Origin
+from ..types import Example, Layout, Origin
 from .metrics import score_texts, summary
 
 Result = dict[str, Any]
@@ -25,6 +25,7 @@ def evaluate(
     sampling: Sampling,
     seeds: Sequence[int],
     *,
+    layout: Layout,
     end_ids: Sequence[int],
     num_tokens: int,
     batch_size: int = 32,
@@ -49,7 +50,7 @@ def evaluate(
             model,
             examples,
             sampling,
-            pad_id=cast(int, tokenizer.pad_token_id),
+            layout=layout,
             end_ids=end_ids,
             num_tokens=num_tokens,
             seed=seed,
