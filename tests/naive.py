@@ -31,6 +31,14 @@ def logits_before(model: Any, context: list[int], response: list[int]) -> Tensor
     return model(input_ids=torch.tensor([[*context, *layout.close]]), decoder_input_ids=decoder).logits[0]
 
 
+def as_drawn(model: Any, logits: Tensor) -> Tensor:
+    """``logits`` ``[..., V]`` of the tokens that are generated: an encoder-decoder never writes its padding."""
+    logits = logits[..., :NUM_TOKENS].clone()
+    if layout_for(model).start:
+        logits[..., layout_for(model).pad_id] = -torch.inf
+    return logits
+
+
 def divergence(name: str, p: Tensor, q: Tensor, alpha: float) -> Tensor:
     if name == "skew_reverse_kl":
         mixed = (alpha * q.exp() + (1 - alpha) * p.exp()).log()

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from distillm.generation import Mixture, Sampling, eval_mode, filtered, generate, truncated, uniforms
 from distillm.types import Example, Layout
-from naive import logits_before
+from naive import as_drawn, logits_before
 from rows import NUM_TOKENS, prompts, row, tokens
 from tiny import layout_for, tiny_causal, tiny_model
 
@@ -68,7 +68,7 @@ def test_generation_is_the_plain_loop_of_whole_forward_passes(kind: str, samplin
         ids = list[int]()
         for u in uniforms(5, 2, r.id, 8):
             with torch.no_grad():
-                logits = logits_before(model, r.tokens, ids)[-1:, :NUM_TOKENS]
+                logits = as_drawn(model, logits_before(model, r.tokens, ids)[-1:])
             if sampling.temperature == 0:
                 ids.append(int(logits.argmax()))
             else:

@@ -16,7 +16,7 @@ from distillm.methods import METHODS, Method
 from distillm.policy_gradient import policy_gradient
 from distillm.scoring import Pair
 from distillm.types import Example, Layout, State, answer
-from naive import logits_before, next_token_laws
+from naive import as_drawn, logits_before, next_token_laws
 from rows import NUM_TOKENS, context, fixed, one_step, pair_of, row, tiny_pair, tokens
 from tiny import tiny_model
 
@@ -295,7 +295,8 @@ def test_teacher_mixed_sampling_draws_from_the_mixture_whatever_the_batch(kind: 
         assert alone.tokens == drawn.tokens
         assert drawn.log_probs is not None
         assert len(drawn.log_probs) == len(drawn.response)
-        wanted = [(0.4 * p.exp() + 0.6 * q.exp())[token].log().item() for token, p, q in laws(pair, drawn)]
+        mixed = [(token, (0.4 * p.exp() + 0.6 * q.exp()).log()) for token, p, q in laws(pair, drawn)]
+        wanted = [as_drawn(pair.student, law).log_softmax(-1)[token].item() for token, law in mixed]
         assert drawn.log_probs == pytest.approx(wanted, abs=1e-4)
     assert together != writer(pair)(prompts, State())
 

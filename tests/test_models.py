@@ -366,7 +366,7 @@ def test_models_that_cannot_be_shrunk_say_so() -> None:
 def test_an_encoder_decoder_is_shrunk_in_both_stacks(kind: str, tmp_path: Path) -> None:
     teacher = tiny(kind, layers=4)
     student = shrink(teacher, 3, decoder_layers=[0, 2])
-    for part, kept in (("encoder", [0, 1, 3]), ("decoder", [0, 2])):
+    for part, kept in (("encoder", [0, 2, 3]), ("decoder", [0, 2])):
         stacks = [
             next(m for m in getattr(each, f"get_{part}")().modules() if isinstance(m, torch.nn.ModuleList))
             for each in (teacher, student)
@@ -377,8 +377,9 @@ def test_an_encoder_decoder_is_shrunk_in_both_stacks(kind: str, tmp_path: Path) 
             for name, tensor in stacks[1][new].state_dict().items():
                 assert torch.equal(tensor, wanted[name])
     save(student, None, tmp_path)
-    again = load_model(tmp_path, device="cpu")
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), student.parameters(), strict=True))
+    again = dict(load_model(tmp_path, device="cpu").named_parameters())
+    # Marian's positions are sinusoids that are not saved; this tiny model's are noise.
+    assert all(torch.equal(again[n], p) for n, p in student.named_parameters() if "embed_positions" not in n)
     assert student.num_parameters() < teacher.num_parameters()
 
 

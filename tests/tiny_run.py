@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from distillm.config import Run, make_run
 from distillm.display import Display
-from tiny import save, tiny_causal, tiny_tokenizer
+from tiny import save, tiny_model, tiny_tokenizer
 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -27,11 +27,12 @@ def rows(count: int, first: int = 0, *, output: bool = True) -> list[dict[str, A
     return [{"instruction": f"Say {a} {b}."} | ({"output": f"{a} and {b}"} if output else {}) for a, b in asked]
 
 
-def materials(folder: Path, **student: Any) -> Path:
+def materials(folder: Path, kind: str = "llama", **student: Any) -> Path:
     """A folder with ``teacher``, ``student`` (one layer, tied embeddings), rows to train on and a plain text."""
     tokenizer = tiny_tokenizer()
-    save(tiny_causal(seed=1), tokenizer, folder / "teacher")
-    save(tiny_causal(layers=1, seed=2, **({"tie_word_embeddings": True} | student)), tokenizer, folder / "student")
+    save(tiny_model(kind, seed=1), tokenizer, folder / "teacher")
+    student = {"tie_word_embeddings": True} | student
+    save(tiny_model(kind, layers=1, seed=2, **student), tokenizer, folder / "student")
     write_rows(folder / "train.jsonl", rows(12))
     write_rows(folder / "valid.jsonl", rows(4, 20))
     write_rows(folder / "test.jsonl", rows(3, 40))

@@ -108,13 +108,21 @@ class _Choose:
     ``bad`` ``[B]`` is the first position without a finite largest logit, ``max_new_tokens`` where there is none. There
     the row gets an end token, and nobody waits for the device: who called `generate` looks once, afterwards.
     ``log_probs`` ``[B, max_new_tokens]``, where kept, are those of the chosen tokens. ``rows`` are the rows of the
-    batch that are still written; the response begins at ``begin``.
+    batch that are still written; the response begins at ``begin``. ``never`` is a token that is not drawn.
     """
 
     def __init__(
-        self, sampling: Sampling, draws: Tensor, num_tokens: int, end_ids: Sequence[int], begin: int, keep: bool = False
+        self,
+        sampling: Sampling,
+        draws: Tensor,
+        num_tokens: int,
+        end_ids: Sequence[int],
+        begin: int,
+        never: int | None,
+        keep: bool,
     ):
         self.sampling, self.draws, self.num_tokens, self.begin = sampling, draws, num_tokens, begin
+        self.never = [] if never is None else [never]
         self.ends = torch.tensor(list(end_ids), dtype=torch.long, device=draws.device)
         self.stop = next(iter(end_ids), 0)
         self.bad = torch.full((len(draws),), sampling.max_new_tokens, device=draws.device)
@@ -124,6 +132,8 @@ class _Choose:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = input_ids.shape[1] - self.begin
         logits = scores[:, : self.num_tokens].float()  # the padding of the vocabulary is never sampled
+        if self.never:
+            logits = logits.index_fill(1, torch.tensor(self.never, device=logits.device), -torch.inf)
         if self.sampling.temperature == 0:
             chosen = logits.argmax(-1)
         else:
@@ -171,8 +181,9 @@ def generate(
     """Answer each prompt with ``model``, in input order.
 
     A response ends with the end token that occurred; one cut by ``max_new_tokens`` has none. Prompts are batched by
-    length. ``progress`` is called with the number of rows finished so far. ``mixture`` draws from a second model as
-    well, ``keep_log_probs`` keeps the log-probability with which each token was drawn.
+    length, and rows that have ended leave their batch. An encoder-decoder never writes its padding. ``progress`` is
+    called with the number of rows finished so far. ``mixture`` draws from a second model as well, ``keep_log_probs``
+    keeps the log-probability with which each token was drawn.
 
     Raises:
         TrainingError: the model's logits are not finite.
@@ -228,9 +239,10 @@ def _respond(
     given = {name: value.to(device) for name, value in lay_out_prompts(contexts, layout).items()}
     with eval_mode(model), _own_settings(model):
         begin = given.get("decoder_input_ids", given["input_ids"]).shape[1]
-        choose = _Choose(
-            sampling, torch.from_numpy(draws).to(device, dtype), num_tokens, end_ids, begin, keep_log_probs
-        )
+        # An encoder-decoder begins with its padding, which is no word: Marian gives it a mass that nothing trained.
+        never = layout.pad_id if layout.start and layout.pad_id not in end_ids else None
+        numbers = torch.from_numpy(draws).to(device, dtype)
+        choose = _Choose(sampling, numbers, num_tokens, end_ids, begin, never, keep_log_probs)
         mixed = [] if mixture is None else [_Mix(mixture, given, num_tokens)]
         responses = _written(model, given, choose, mixed, layout)
     responses = [_until_end(row, end_ids) for row in responses]

@@ -216,8 +216,6 @@ def _build(
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, settings.get(name))
         if config.is_encoder_decoder:
-            for name in ("forced_bos_token_id", "forced_eos_token_id"):
-                setattr(config, name, settings.get(name))
             # T5's and Marian's way.
             config.decoder_start_token_id = settings.get("decoder_start_token_id", settings.get("pad_token_id"))
         _set_dropout(config, dropout)
@@ -225,7 +223,10 @@ def _build(
             dtype = config.dtype or "float32"
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # built on the CPU: this one alone draws the weights
-            return _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trusted)
+            model = _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trusted)
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            setattr(model.generation_config, name, settings.get(name))
+        return model
 
 
 def _check_names(kind: str, settings: Mapping[str, Any]) -> None:
