@@ -199,7 +199,7 @@ def generate(
     device: Device = None,
 ) -> None:
     """Let a model answer prompts."""
-    from .commands import respond
+    from .commands import as_rows, asked_in, respond
     from .data import read_rows
 
     if bool(prompts) == bool(file):
@@ -209,14 +209,13 @@ def generate(
     settings |= {"teacher": None, "method": {"name": "sft"}, "validation": {}}  # only the student is needed
     decoding = {"evaluation": {"seeds": [seed], "temperature": temperature}}
     run = _run_with(settings, model, {**decoding, "generation": {"max_new_tokens": max_new_tokens}})
-    name = run.data.fields.get("instruction", "instruction")
     _make_folder_of(output)
-    answers = respond(run, read_rows(file) if file else [{name: prompt} for prompt in prompts or []])
+    answers = respond(run, read_rows(file) if file else as_rows(run, prompts or []))
     if output is not None:
         _write(output, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
         return
     for answer in answers:
-        typer.echo(f"> {answer.get(name, '')}\n{answer['response']}\n")
+        typer.echo(f"> {asked_in(run, answer)}\n{answer['response']}\n")
 
 
 @app.command()

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from .errors import TrainingError, first_of
 from .heads import eval_mode
-from .types import Example, Origin, answer
+from .types import Example, Origin, answer, last_turn
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,7 @@ def truncated(example: Example, end_ids: Sequence[int]) -> bool:
 
 
 def _context(prompt: Example, origin: Origin) -> list[int]:
+    prompt = last_turn(prompt)
     privileged = origin == "teacher" and prompt.teacher_context is not None
     return prompt.teacher_context or [] if privileged else prompt.prompt
 
