@@ -32,7 +32,7 @@ LEVELS = {
     8: ["assembly.py", "rows.py", "provenance.py"],
     9: ["assess.py", "project.py"],
     10: ["pipeline.py", "commands.py"],
-    11: ["demo/", "sweep.py", "analyse.py"],
+    11: ["demo/", "sweep.py", "analyse.py", "listing.py"],
     12: ["cli.py", "__main__.py"],
 }
 LEVEL_OF = {name.removesuffix("/"): level for level, names in LEVELS.items() for name in names}
@@ -141,6 +141,7 @@ LIGHT = {
     "the help of train": "sys.argv = ['distillm', 'train', '--help']",
     "the schema": "sys.argv = ['distillm', 'schema']",
     "the recipes": "sys.argv = ['distillm', 'recipes']",
+    "the data sets": "sys.argv = ['distillm', 'datasets']",
 }
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from . import __version__
 from .config import Run, load_run, make_run, read_yaml, recipes
 from .errors import ConfigError, DataError, DistillmError, StorageError, TrainingError
+from .listing import datasets
 
 EXIT_CODES = """
 Exit codes: 0 done · 1 a defect of distillm (with a traceback; please report it) · 2 a setting, file or model cannot be
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="The shipped recipes: a YAML file for each experiment.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
+app.command("datasets")(datasets)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted name.")]
 MaxNew = Annotated[

@@ -197,6 +197,9 @@ def tokenised(
     other = {name: value for name, value in task.variables.items() if data.variables.get(name, value) != value}
     if other:
         note(f"{source}: read with {', '.join(f'{name} {value}' for name, value in other.items())}")
+    entry = data.known_in(source)
+    if entry is not None and entry.min_words:
+        note(f"{source}: rows whose reference has fewer than {entry.min_words} words are left out")
     if asked:
         task, rows = task.only_asked(rows)
     name = Path(source.path).stem + ("" if source.split is None else f"-{source.split}")

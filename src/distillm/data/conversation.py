@@ -81,7 +81,7 @@ class Conversation:
 
     What comes before a turn of the assistant is encoded on its own, and so is what the assistant says: at generation
     the model has read the same ids that it read in training. A turn ends with ``end_id``; where the template writes no
-    such token after a turn, it is put there.
+    such token after a turn, it is put there. What the assistant says before the user has spoken is read, not learned.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -98,7 +98,7 @@ class Conversation:
         texts: list[tuple[str, bool]] = []
         done = ""
         for i, message in enumerate(self.messages):
-            if message["role"] == "assistant":
+            if message["role"] == "assistant" and any(m["role"] == "user" for m in self.messages[:i]):
                 before = self._render(self.messages[:i], ask=True)
                 after = self._render(self.messages[: i + 1], ask=False)
                 texts.append((self._beyond(done, before, i), False))
@@ -137,7 +137,7 @@ class Conversation:
             length = kept.prompt_length
             return length <= max_prompt and length + len(kept.response) <= max_length
 
-        at = min(bisect_left(made, True, key=fits), len(made) - 1)
+        at = 0 if fits(made[0]) else min(bisect_left(made, True, lo=1, key=fits), len(made) - 1)
         kept = made[at]
         return (kept if kept.prompt_length <= max_prompt else None), starts[at]
 
@@ -154,8 +154,8 @@ class Conversation:
 
     def _turn(self, written: str, before: str, content: str, number: int) -> tuple[str, str]:
         """What the assistant says, as the template writes it, and all text up to the end of the turn."""
-        said = content if written.startswith(content) else content.strip()
-        start = len(written) - len(written.lstrip()) if said != content else 0
+        exact = written.startswith(content)
+        said, start = (content, 0) if exact else (content.strip(), len(written) - len(written.lstrip()))
         if not written.startswith(said, start):
             raise DataError(
                 f"{self.row_id}: the tokenizer's chat template does not write message {number} as it is: "
