@@ -22,17 +22,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # docs/architecture.md has the same table; a folder stands for all its files.
 LEVELS = {
     0: ["types.py", "errors.py"],
-    1: ["divergences.py", "schedules.py", "explain.py"],
+    1: ["divergences.py", "schedules.py", "explain.py", "tasks/", "known/"],
     2: ["kernels/", "data/", "models.py", "heads.py", "vocabulary.py", "generation.py", "adapters.py"],
     3: ["scoring.py", "sources.py", "teacher.py"],
     4: ["losses.py", "policy_gradient.py", "contrastive.py", "theory.py"],
     5: ["methods.py"],
     6: ["train.py", "checkpoint.py", "folder.py", "evaluation/", "report/", "display.py"],
-    7: ["config.py", "method_settings.py", "recipes/"],
+    7: ["config.py", "method_settings.py", "data_settings.py", "recipes/"],
     8: ["assembly.py", "rows.py", "provenance.py"],
     9: ["assess.py", "project.py"],
     10: ["pipeline.py", "commands.py"],
-    11: ["demo/", "sweep.py", "analyse.py"],
+    11: ["demo/", "sweep.py", "analyse.py", "listing.py"],
     12: ["cli.py", "__main__.py"],
 }
 LEVEL_OF = {name.removesuffix("/"): level for level, names in LEVELS.items() for name in names}
@@ -121,6 +121,7 @@ def test_only_a_few_files_know_the_configuration():
         "errors.py",
         "explain.py",
         "method_settings.py",
+        "data_settings.py",
     }
 
 
@@ -140,6 +141,7 @@ LIGHT = {
     "the help of train": "sys.argv = ['distillm', 'train', '--help']",
     "the schema": "sys.argv = ['distillm', 'schema']",
     "the recipes": "sys.argv = ['distillm', 'recipes']",
+    "the data sets": "sys.argv = ['distillm', 'datasets']",
 }
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
-from distillm.config import Source, as_yaml, changed, make_run
+from distillm.config import as_yaml, changed, make_run
+from distillm.data_settings import Source
 from distillm.errors import ConfigError
 
 SMALLEST = {"student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"train": "rows.jsonl"}}

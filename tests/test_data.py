@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
 from distillm.data import (
-    InstructionTask,
     LengthReport,
+    Task,
     encode_prompts,
     encode_responses,
     read_rows,
@@ -36,7 +36,7 @@ def bos_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def build(
-    task: InstructionTask,
+    task: Task,
     rows: Sequence[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase = TOKENIZER,
     max_prompt: int = 200,
@@ -54,7 +54,7 @@ def row(instruction: Any = "Say hello.", input: Any = "", output: Any = "Hello."
 
 
 def test_the_alpaca_wording() -> None:
-    task = InstructionTask()
+    task = Task()
     assert task.prompt_text(row("Do {it}.")) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nDo {it}.\n\n### Response:\n"
@@ -68,12 +68,12 @@ def test_the_alpaca_wording() -> None:
 
 @pytest.mark.parametrize("given_input", ["", "  \n", None])
 def test_a_blank_input_is_no_input(given_input: str | None) -> None:
-    assert "Input" not in InstructionTask().prompt_text(row(input=given_input))
-    assert "Input" not in InstructionTask().prompt_text({"instruction": "Say hello."})
+    assert "Input" not in Task().prompt_text(row(input=given_input))
+    assert "Input" not in Task().prompt_text({"instruction": "Say hello."})
 
 
 def test_fields_are_mapped() -> None:
-    task = InstructionTask(fields={"instruction": "question", "output": "answers"})
+    task = Task(fields={"instruction": "question", "output": "answers"})
     rows = [{"question": "Why?", "answers": ["So.", "Because."], "input": "not a mapped field"}]
     assert "Why?" in task.prompt_text(rows[0])
     assert "not a mapped" not in task.prompt_text(rows[0])
@@ -83,7 +83,7 @@ def test_fields_are_mapped() -> None:
 
 
 def test_a_jinja_template_sees_task_names_and_raw_names() -> None:
-    task = InstructionTask(
+    task = Task(
         fields={"instruction": "q", "input": "doc", "output": "a"},
         template="{{ instruction }}|{{ q }}|{{ doc }}{% if input %}|{{ input }}{% endif %}|{{ topic }}\n",
     )
@@ -92,7 +92,7 @@ def test_a_jinja_template_sees_task_names_and_raw_names() -> None:
 
 
 def test_a_jinja_template_needs_no_instruction() -> None:
-    task = InstructionTask(fields={"output": "summary"}, template="{{ document }}\nTL;DR:")
+    task = Task(fields={"output": "summary"}, template="{{ document }}\nTL;DR:")
     examples, _ = build(task, [{"document": "A river.", "summary": "River."}])
     assert TOKENIZER.decode(examples[0].tokens[:-1]) == "A river.\nTL;DR:River."
     assert examples[0].prompt == TOKENIZER("A river.\nTL;DR:").input_ids
@@ -110,7 +110,7 @@ def test_a_jinja_template_needs_no_instruction() -> None:
 )
 def test_a_template_that_fails_names_the_row_and_the_fields(template: str, reason: str) -> None:
     with pytest.raises(DataError, match=f"train:0: the template failed: .*{reason}"):
-        build(InstructionTask(template=template), [row()])
+        build(Task(template=template), [row()])
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,11 @@ def test_a_template_that_fails_names_the_row_and_the_fields(template: str, reaso
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        InstructionTask(**settings)
+        Task(**settings)
 
 
 def test_the_chat_template() -> None:
-    task = InstructionTask(template="chat", system="Be kind.")
+    task = Task(template="chat", system="Be kind.")
     text = "system: Be kind.\nuser: Say hello.\n\nIn French.\nassistant: "
     assert task.prompt_text(row(input="In French."), TOKENIZER) == text
     examples, _ = build(task, [row(input="In French.")])
@@ -139,13 +139,13 @@ def test_the_chat_template() -> None:
 
 def test_a_tokenizer_without_chat_template() -> None:
     with pytest.raises(DataError, match="no chat template; choose template: alpaca"):
-        build(InstructionTask(template="chat"), [row()], tiny_tokenizer())
+        build(Task(template="chat"), [row()], tiny_tokenizer())
 
 
 def test_a_chat_template_that_refuses() -> None:
     tokenizer = tiny_tokenizer(chat_template="{{ raise_exception('no system message, please') }}")
     with pytest.raises(DataError, match=r"train:0: .*no system message, please.* or leave system out"):
-        build(InstructionTask(template="chat", system="Be kind."), [row()], tokenizer)
+        build(Task(template="chat", system="Be kind."), [row()], tokenizer)
 
 
 # Tokens
@@ -154,7 +154,7 @@ def test_a_chat_template_that_refuses() -> None:
 @settings(deadline=None, max_examples=50)
 @given(st.text(min_size=1).filter(str.strip), st.text(), st.text(min_size=1).filter(str.strip))
 def test_tokens_decode_to_prompt_and_response(instruction: str, given_input: str, output: str) -> None:
-    task = InstructionTask()
+    task = Task()
     rows = [row(instruction, given_input, output)]
     examples, report = build(task, rows, max_prompt=9_000, max_length=99_000)
     assert report == LengthReport(1)
@@ -168,7 +168,7 @@ def test_tokens_decode_to_prompt_and_response(instruction: str, given_input: str
 def test_the_end_token_is_a_target_also_where_it_is_the_padding() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = EOS
-    examples, _ = build(InstructionTask(), [row()], tokenizer, end_id=tokenizer.pad_token_id)
+    examples, _ = build(Task(), [row()], tokenizer, end_id=tokenizer.pad_token_id)
     assert examples[0].tokens[-1] == tokenizer.pad_token_id
     assert examples[0].targets[-1]
 
@@ -186,7 +186,7 @@ def test_bos_once_and_no_end_in_a_prompt() -> None:
 # Length limits
 
 
-def kept(task: InstructionTask, example: Example, **content: str) -> str:
+def kept(task: Task, example: Example, **content: str) -> str:
     """The longest beginning of the one given text that leads to the example's prompt."""
     role, text = next(iter(content.items()))
     for end in range(len(text), -1, -1):
@@ -199,7 +199,7 @@ def kept(task: InstructionTask, example: Example, **content: str) -> str:
 @pytest.mark.parametrize("template", ["alpaca", "chat", "Question: {{ instruction }} {{ input }}\nAnswer: "])
 @pytest.mark.parametrize("role", ["instruction", "input"])
 def test_a_long_prompt_is_cut_inside_the_text(template: str, role: str) -> None:
-    task = InstructionTask(template=template)
+    task = Task(template=template)
     examples, report = build(task, [{**row(), role: LONG}], max_prompt=300)
     assert report == LengthReport(1, cut_prompts=1)
     prompt = examples[0].prompt
@@ -213,7 +213,7 @@ def test_a_long_prompt_is_cut_inside_the_text(template: str, role: str) -> None:
 
 
 def test_the_input_is_cut_before_the_instruction() -> None:
-    examples, report = build(InstructionTask(), [row(input=LONG), row(LONG, LONG)])
+    examples, report = build(Task(), [row(input=LONG), row(LONG, LONG)])
     texts = [TOKENIZER.decode(example.prompt) for example in examples]
     assert "### Instruction:\nSay hello.\n\n### Input:\nSeven birds" in texts[0]
     assert "### Instruction:\nSeven birds" in texts[1]
@@ -225,7 +225,7 @@ def test_the_input_is_cut_before_the_instruction() -> None:
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 120), st.text(min_size=1, max_size=300), st.text(max_size=300))
 def test_no_row_goes_beyond_the_limits(max_prompt: int, instruction: str, given_input: str) -> None:
-    task = InstructionTask(template="Q: {{ instruction }}\n{{ input }}\nA:")
+    task = Task(template="Q: {{ instruction }}\n{{ input }}\nA:")
     rows = [row("fits"), row(instruction, given_input, LONG)]
     try:
         examples, report = build(task, rows, max_prompt=max_prompt, max_length=max_prompt + 20)
@@ -241,12 +241,12 @@ def test_no_row_goes_beyond_the_limits(max_prompt: int, instruction: str, given_
 
 def test_a_long_response_is_cut_and_gets_no_end() -> None:
     room = 50
-    prompt = len(build(InstructionTask(), [row()])[0][0].prompt)
+    prompt = len(build(Task(), [row()])[0][0].prompt)
     response = TOKENIZER(LONG).input_ids
     exact = TOKENIZER.decode(response[: room - 1])
     assert len(TOKENIZER(exact).input_ids) == room - 1
     rows = [row(output=LONG), row(output=exact)]
-    examples, report = build(InstructionTask(), rows, max_prompt=prompt, max_length=prompt + room)
+    examples, report = build(Task(), rows, max_prompt=prompt, max_length=prompt + room)
     assert report == LengthReport(2, cut_responses=1)
     assert examples[0].response == response[:room]
     assert examples[1].response == [*response[: room - 1], END]
@@ -255,7 +255,7 @@ def test_a_long_response_is_cut_and_gets_no_end() -> None:
 def test_rows_that_cannot_be_used_are_counted_and_the_others_keep_their_number() -> None:
     blank = [row("  ", ""), row(output=""), row(output=" \n")]
     rows = [*blank, row(), row(output=None), {"instruction": "Say hello."}, row(output=[])]
-    examples, report = build(InstructionTask(), rows)
+    examples, report = build(Task(), rows)
     assert report == LengthReport(7, dropped=1, empty_responses=2, prompt_only=3)
     assert [example.id for example in examples] == ["train:3", "train:4", "train:5", "train:6"]
     assert examples[0].targets.count(True) > 1
@@ -273,17 +273,17 @@ def test_the_report_is_one_sentence() -> None:
 
 def test_no_usable_row() -> None:
     with pytest.raises(DataError, match=r"train: no row is usable: 0 of 2 rows used: 2 dropped .* Raise max_prompt"):
-        build(InstructionTask(), [row(), row(LONG)], max_prompt=10)
+        build(Task(), [row(), row(LONG)], max_prompt=10)
     with pytest.raises(DataError, match=r"no row is usable: .* Leave the output field out"):
-        build(InstructionTask(), [row(output="")])
+        build(Task(), [row(output="")])
     with pytest.raises(DataError, match="train: there are no rows"):
-        build(InstructionTask(), [])
+        build(Task(), [])
 
 
 @pytest.mark.parametrize(("max_prompt", "max_length"), [(0, 10), (10, 10), (20, 10)])
 def test_limits_out_of_range(max_prompt: int, max_length: int) -> None:
     with pytest.raises(ConfigError, match=f"max_prompt={max_prompt} must be at least 1 and below max_length=10"):
-        build(InstructionTask(), [row()], max_prompt=max_prompt, max_length=max_length)
+        build(Task(), [row()], max_prompt=max_prompt, max_length=max_length)
 
 
 @pytest.mark.parametrize(
@@ -300,11 +300,11 @@ def test_limits_out_of_range(max_prompt: int, max_length: int) -> None:
 )  # fmt: skip
 def test_bad_rows_are_named(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        build(InstructionTask(), [row(), bad])
+        build(Task(), [row(), bad])
 
 
 def test_a_chosen_field_that_no_row_has() -> None:
-    task = InstructionTask(fields={"instruction": "instruction", "output": "outputs"})
+    task = Task(fields={"instruction": "instruction", "output": "outputs"})
     with pytest.raises(DataError, match=r"no row has the field 'outputs' \(for output\); .* did you mean 'output'?"):
         build(task, [row()])
 
@@ -327,7 +327,7 @@ def test_real_rows_with_the_tokenizer_of_gpt2(name: str, num_rows: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared("tokenizers", "gpt2"))
     rows = read_rows(shared("data", f"{name}.jsonl"))
     assert len(rows) == num_rows
-    task, end = InstructionTask(), tokenizer.eos_token_id
+    task, end = Task(), tokenizer.eos_token_id
     examples, report = task.examples(rows, tokenizer, max_prompt=256, max_length=512, end_id=end, source="x")
     assert report.used == len(examples) == num_rows - report.empty_responses
     ended = 0
@@ -355,9 +355,7 @@ def test_the_tokenizer_of_opt_gets_one_bos() -> None:
     )
     bos = tokenizer.bos_token_id
     rows = read_rows(shared("data", "vicuna", "test.jsonl"))
-    examples, _ = InstructionTask().examples(
-        rows, tokenizer, max_prompt=64, max_length=512, end_id=bos, source="vicuna"
-    )
+    examples, _ = Task().examples(rows, tokenizer, max_prompt=64, max_length=512, end_id=bos, source="vicuna")
     for example in examples:
         assert example.prompt[0] == bos
         assert example.prompt.count(bos) == 1
@@ -368,7 +366,7 @@ def test_the_tokenizer_of_opt_gets_one_bos() -> None:
 def test_the_chat_template_of_qwen_survives_a_cut() -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared("tokenizers", "qwen2.5"))
     rows = [row(LONG, "", "Seven."), row("How many?", LONG, "Seven.")]
-    task, end = InstructionTask(template="chat"), tokenizer.convert_tokens_to_ids("<|im_end|>")
+    task, end = Task(template="chat"), tokenizer.convert_tokens_to_ids("<|im_end|>")
     examples, report = task.examples(rows, tokenizer, max_prompt=100, max_length=200, end_id=end, source="x")
     assert report.cut_prompts == 2
     for example in examples:

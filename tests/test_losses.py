@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distillm.data import InstructionTask, collate
+from distillm.data import Task, collate
 from distillm.losses import RESPONSES, TEXT, Loss, Term, distill, nll, scaled
 from distillm.methods import METHODS, Method, kd, sft, with_text
 from distillm.scoring import Scored
@@ -107,7 +107,7 @@ def test_kd_shares_its_weight_with_cross_entropy() -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_dataset_and_generated_rows_with_the_same_tokens_get_the_same_labels_and_loss(name: str, kind: str) -> None:
     fields = [{"instruction": "How many legs?", "output": "Eight legs."}, {"instruction": "Sky?", "output": "Blue."}]
-    task = InstructionTask(template="{{ instruction }}")
+    task = Task(template="{{ instruction }}")
     data, _ = task.examples(fields, tiny_tokenizer(), max_prompt=64, max_length=128, end_id=1, source="x")
     data = [Example(e.id, [t % 41 for t in e.tokens], e.targets) for e in data]  # the tiny models know 41 tokens
     generated = [answer(e, list(e.response), "student", born=3) for e in data]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .checkpoint import save_checkpoint as save_checkpoint
     from .config import Run as Run
     from .config import load_run as load_run
-    from .data import InstructionTask as InstructionTask
+    from .data import Task as Task
     from .data import collate as collate
     from .data import read_rows as read_rows
     from .data import text_examples as text_examples
@@ -64,7 +64,7 @@ _HOMES = {
     "assess": ["measure"],
     "checkpoint": ["load_checkpoint", "save_checkpoint"],
     "config": ["Run", "load_run"],
-    "data": ["InstructionTask", "collate", "read_rows", "text_examples"],
+    "data": ["Task", "collate", "read_rows", "text_examples"],
     "divergences": [
         "DIVERGENCES",
         "forward_kl",

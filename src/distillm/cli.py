@@ -16,6 +16,7 @@ from rich.table import Table
 from . import __version__
 from .config import Run, load_run, make_run, read_yaml, recipes
 from .errors import ConfigError, DataError, DistillmError, StorageError, TrainingError
+from .listing import datasets
 
 EXIT_CODES = """
 Exit codes: 0 done · 1 a defect of distillm (with a traceback; please report it) · 2 a setting, file or model cannot be
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="The shipped recipes: a YAML file for each experiment.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
+app.command("datasets")(datasets)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted name.")]
 MaxNew = Annotated[
@@ -199,7 +201,7 @@ def generate(
     device: Device = None,
 ) -> None:
     """Let a model answer prompts."""
-    from .commands import respond
+    from .commands import as_rows, asked_in, respond
     from .data import read_rows
 
     if bool(prompts) == bool(file):
@@ -209,14 +211,13 @@ def generate(
     settings |= {"teacher": None, "method": {"name": "sft"}, "validation": {}}  # only the student is needed
     decoding = {"evaluation": {"seeds": [seed], "temperature": temperature}}
     run = _run_with(settings, model, {**decoding, "generation": {"max_new_tokens": max_new_tokens}})
-    name = run.data.fields.get("instruction", "instruction")
     _make_folder_of(output)
-    answers = respond(run, read_rows(file) if file else [{name: prompt} for prompt in prompts or []])
+    answers = respond(run, read_rows(file) if file else as_rows(run, prompts or []))
     if output is not None:
         _write(output, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
         return
     for answer in answers:
-        typer.echo(f"> {answer.get(name, '')}\n{answer['response']}\n")
+        typer.echo(f"> {asked_in(run, answer)}\n{answer['response']}\n")
 
 
 @app.command()

@@ -1,15 +1,15 @@
 """What the small commands do: score a model, answer prompts, shrink a teacher, train a tokenizer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from . import assembly
 from .assess import answers, assess
 from .checkpoint import written_aside
-from .config import Data, Run
-from .data import all_texts, read_rows
+from .config import Run
+from .data import all_texts
+from .data_settings import Data
 from .display import Display
 from .errors import ConfigError, DataError
 from .evaluation import Result
@@ -17,20 +17,22 @@ from .evaluation.run import seeds_used
 from .models import load_model, load_tokenizer, num_parameters, save_model
 from .models import shrink as shrunk
 from .report.text import parameter_count
-from .rows import check_room, end_of_response, only_asked, task_of, tokenised
+from .rows import check_room, end_of_response, placed, read_source, task_of, tokenised
+from .tasks import CHAT
 from .vocabulary import train_tokenizer
 
 
 def score(run: Run, data: str) -> Result:
     """Score the run's student on the rows of ``data``, with the run's task, decoding, seeds and limit."""
     display = Display()
-    read = read_rows(data)[: run.evaluation.limit]
+    source = placed(run.data, data, "test")
+    read = read_source(run.data, source)[: run.evaluation.limit]
     models = assembly.load_models(run, assembly.make_accelerator(run), display.note)
-    rows = tokenised(_fitting(run, models), data, read, models, display.note)
+    rows = tokenised(_fitting(run, models), source, read, models, display.note)
     bare = next((row for row, references in rows.references.items() if not references), None)
     if bare is not None:
         raise DataError(
-            f"{bare} has no reference to score against: no field '{task_of(run.data).fields['output']}'. Add one to "
+            f"{bare} has no reference to score against: no field '{task_of(run.data, source).answer}'. Add one to "
             f"every row, or let the model answer without scores: distillm generate MODEL --file {data}"
         )
     check_room(models, rows.examples, run.generation.max_new_tokens)
@@ -52,7 +54,7 @@ def _fitting(run: Run, models: assembly.Models) -> Data:
     """``run.data``; what was not chosen there fits the model: its own chat template, and the length it reads."""
     fitting: dict[str, Any] = {}
     if models.tokenizer.chat_template is not None:
-        fitting["template"] = "chat"
+        fitting["template"] = CHAT
     room = getattr(models.student.config, "max_position_embeddings", None)
     if isinstance(room, int) and room > run.generation.max_new_tokens + 1:
         fitting["max_length"] = min(run.data.max_length, room)
@@ -65,10 +67,8 @@ def respond(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     display = Display()
     models = assembly.load_models(run, assembly.make_accelerator(run), lambda _: None)
     data = _fitting(run, models)
-    task, asked = only_asked(task_of(data), rows)
-    there = {name for row in asked for name in row}
-    roles = {role: name for role, name in task.fields.items() if role == "instruction" or name in there}
-    examples, report = replace(task, fields=roles).examples(
+    task, asked = task_of(data).only_asked(rows)
+    examples, report = task.without_missing(asked).examples(
         asked,
         models.tokenizer,
         max_prompt=data.max_prompt,
@@ -82,6 +82,17 @@ def respond(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     texts = answers(run, models, models.student, examples)
     places = [int(example.id.rsplit(":", 1)[1]) for example in examples]
     return [{**rows[i], "response": text} for i, text in zip(places, texts, strict=True)]
+
+
+def as_rows(run: Run, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of the run's task in which the user says nothing but ``prompts``."""
+    task = task_of(run.data)
+    return [task.row_of(prompt) for prompt in prompts]
+
+
+def asked_in(run: Run, row: Mapping[str, Any]) -> str:
+    """What the user says in a row, to be shown before its response."""
+    return task_of(run.data).user_text(row)
 
 
 def tokenizer_to(target: Path, files: Sequence[str], model: Literal["bpe", "unigram"], size: int) -> str:

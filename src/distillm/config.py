@@ -1,7 +1,6 @@
 """``Run``: the one validated configuration, from YAML and dotted overrides. Never imports torch."""
 
 import difflib
-import re
 import typing
 from collections.abc import Sequence
 from importlib import resources
@@ -9,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from .data_settings import Data
 from .errors import ConfigError
 from .explain import explain, flat, takes_section, takes_text
 from .method_settings import (
@@ -117,82 +117,9 @@ class Student(Model):
         return self
 
 
-class Source(Section):
-    """Rows by what holds them and, where that has several parts, which one."""
-
-    model_config = ConfigDict(frozen=True)
-
-    path: str
-    """JSON Lines, CSV or Parquet file, saved dataset folder, or `datasets` name."""
-    split: str | None = None
-    """The split of a saved dataset folder or `datasets` name."""
-    name: str | None = None
-    """The configuration of a `datasets` name."""
-
-    def __str__(self) -> str:
-        parts = {"configuration": self.name, "split": self.split}
-        return ", ".join([self.path, *(f"{what} {part}" for what, part in parts.items() if part is not None)])
-
-
-class Data(Section):
-    """Where the rows are and how they are read."""
-
-    train: str | Source
-    """JSON Lines, CSV or Parquet file, saved dataset folder, or `datasets` name; or {path, split, name} of the latter
-    two, where they hold several parts."""
-    validation: str | Source | None = None
-    """Rows for validation, named as in `train`; unset holds `validation_size` rows of `train` out."""
-    validation_size: PositiveInt = 100
-    """How many rows validation uses at most."""
-    test: dict[str, str | Source] = {}
-    """Rows scored at the end, by a name of your choice: {dolly: data/dolly/test.jsonl, other: {path: p, split: s}}."""
-    limit: PositiveInt | None = None
-    """Use only the first rows of `train`."""
-    template: str = "alpaca"
-    """`alpaca`, `chat` (the tokenizer's own chat template), or a Jinja template that sees the row's fields."""
-    system: str | None = None
-    """A system message, with the chat template."""
-    teacher_system: str | None = None
-    """A system message that only the teacher reads, in place of `system`."""
-    teacher_template: str | None = None
-    """A template for what the teacher reads, where it is to see more than the student; like `template`."""
-    fields: dict[str, str] = {}
-    """Your names for the fields: {instruction: question, output: answer}."""
-    max_prompt: PositiveInt = 256
-    """Longest prompt in tokens; a longer one is cut inside its text, so that the template stays whole."""
-    max_length: PositiveInt = 512
-    """Longest prompt and response of the data together, in tokens; generation.max_new_tokens bounds what a model
-    writes."""
-    responses: Literal["dataset", "teacher"] = "dataset"
-    """Who wrote the responses: the dataset, or the teacher (once, before training). Test rows keep their own."""
-    responses_file: str | None = None
-    """Where the teacher's responses are kept; responses.jsonl in the run folder unless set. Reused if it is there."""
-    responses_temperature: NonNegativeFloat = 0.0
-    """How the teacher writes them; 0 is greedy."""
-    text: str | Source | None = None
-    """A plain-text corpus for the language-model loss: .txt, or anything `train` may be, with a field `text`."""
-    text_length: Annotated[int, Field(ge=2), Number] = 512
-    """Tokens per row of plain text."""
-    text_weight: NonNegativeFloat = 1.0
-    """Weight of the language-model loss on plain text."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "Data":
-        if self.max_prompt >= self.max_length:
-            raise ValueError(f"max_prompt ({self.max_prompt}) must be below max_length ({self.max_length})")
-        unknown = sorted(self.fields.keys() - {"instruction", "input", "output"})
-        if unknown:
-            raise ValueError(f"fields: {unknown[0]} is not a field of the task (instruction, input, output)")
-        for name in self.test:
-            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-                raise ValueError(
-                    f"test: {name!r} cannot name a file of scores; use letters, digits and _ - . (no sign but _ first)"
-                )
-        return self
-
-
 class Generation(Section):
-    """How responses are sampled, in training and, unless `evaluation` says otherwise, in evaluation."""
+    """How responses are sampled, in training and, unless `evaluation` says otherwise, in evaluation. A task may have
+    other defaults."""
 
     max_new_tokens: PositiveInt = 256
     """Longest response that a model writes, in tokens, the teacher's included; data.max_length bounds the data's."""
@@ -342,6 +269,17 @@ class Run(Section):
     def teacher_writes(self) -> bool:
         """Whether the training responses are the teacher's."""
         return self.data.responses == "teacher" or self.method.name == "seqkd"
+
+    @model_validator(mode="after")
+    def _as_the_task_has_it(self) -> "Run":
+        spec = self.data.spec
+        asked = {"generation": spec.generation, "evaluation": spec.evaluation}
+        for section in asked:
+            given: Section = getattr(self, section)
+            wanted = asked[section].model_dump(exclude_none=True)
+            missing = {name: value for name, value in wanted.items() if name not in given.model_fields_set}
+            setattr(self, section, given.model_copy(update=missing))
+        return self
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> "Run":

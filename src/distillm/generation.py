@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .data.collate import lay_out_prompts
 from .errors import TrainingError, first_of
 from .heads import eval_mode
-from .types import Example, Layout, Origin, answer
+from .types import Example, Layout, Origin, answer, last_turn
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,7 @@ def truncated(example: Example, end_ids: Sequence[int]) -> bool:
 
 
 def _context(prompt: Example, origin: Origin) -> list[int]:
+    prompt = last_turn(prompt)
     privileged = origin == "teacher" and prompt.teacher_context is not None
     return prompt.teacher_context or [] if privileged else prompt.prompt
 

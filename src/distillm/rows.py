@@ -7,11 +7,13 @@ from typing import Any, Literal, cast
 
 from . import sources
 from .assembly import Models, Note
-from .config import Data, Run, Source
-from .data import InstructionTask, all_texts, read_rows, text_examples
+from .config import Run
+from .data import Task, all_texts, known_rows, located, read_rows, text_examples
+from .data_settings import Data, Source, part
 from .errors import ConfigError, DataError, first_of
+from .tasks import CHAT
 from .teacher import Responses
-from .types import Example
+from .types import Example, last_turn
 from .vocabulary import turn_end
 
 
@@ -34,8 +36,10 @@ class RowSets:
     text: list[Example]
 
 
-Read = dict[str | Source, list[dict[str, Any]]]
-"""Rows as they were read, by what the configuration names them."""
+Read = dict[Source, list[dict[str, Any]]]
+"""Rows as they were read, by where they are."""
+
+Purpose = Literal["train", "validation", "test"]
 
 
 def read_data(run: Run) -> Read:
@@ -43,21 +47,50 @@ def read_data(run: Run) -> Read:
 
     Raises:
         DataError: a file is missing or malformed.
+        ConfigError: a setting does not fit the task.
     """
     data = run.data
-    named = [data.train, *([] if data.validation is None else [data.validation]), *data.test.values()]
+    wanted = [placed(data, data.train, "train"), *(placed(data, given, "test") for given in data.test.values())]
+    wanted += [] if data.validation is None else [placed(data, data.validation, "validation")]
+    for source in wanted:
+        task_of(data, source)
     if data.text is not None:
-        text = _source(data.text)
-        next(iter(all_texts([text.path], split=text.split, name=text.name)))
-    return {given: _read(_source(given)) for given in dict.fromkeys(named)}
+        path, part = _text_of(data, data.text)
+        next(iter(all_texts([path], **part)))
+    return {source: read_source(data, source) for source in dict.fromkeys(wanted)}
 
 
-def _source(given: str | Source) -> Source:
-    return Source(path=given) if isinstance(given, str) else given
+def placed(data: Data, given: str | Source, purpose: Purpose) -> Source:
+    """``given`` in full: of a known data set the split that serves ``purpose``, unless another one is asked for."""
+    source = part(given)
+    if data.known_in(source) is None or source.split is not None:
+        return source
+    return source.model_copy(update={"split": purpose})
 
 
-def _read(source: Source) -> list[dict[str, Any]]:
-    return read_rows(source.path, split=source.split, name=source.name)
+def read_source(data: Data, source: Source) -> list[dict[str, Any]]:
+    """The rows that are there, those of a known data set under its task's own field names."""
+    entry = data.known_in(source)
+    if entry is None:
+        return read_rows(source.path, split=source.split, name=source.name)
+    if entry.task is None:
+        raise DataError(f"{source.path} is plain text, for data.text; its rows have no responses to learn")
+    return known_rows(entry, split=source.split or "train", name=source.name, folder=_folder(data))
+
+
+def _text_of(data: Data, given: str | Source) -> tuple[str, dict[str, str | None]]:
+    source = placed(data, given, "train")
+    entry = data.known_in(source)
+    if entry is None:
+        return source.path, {"split": source.split, "name": source.name}
+    return located(entry, split=source.split or "train", name=source.name, folder=_folder(data))
+
+
+def _folder(data: Data) -> Path:
+    folder = Path(data.folder).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"data.folder: there is no folder {data.folder}")
+    return folder
 
 
 def load_rows(run: Run, read: Read, models: Models, note: Note) -> RowSets:
@@ -69,31 +102,27 @@ def load_rows(run: Run, read: Read, models: Models, note: Note) -> RowSets:
     """
     data = run.data
 
-    def rows(source: str | Source, limit: int | None, *, asked: bool = False) -> Rows:
-        return tokenised(data, source, read[source][:limit], models, note, asked=asked)
-
-    answer = task_of(data).fields["output"]
-
-    def bare(source: str | Source) -> bool:
-        return run.teacher_writes and not any(answer in row for row in read[source])
+    def rows(given: str | Source, purpose: Purpose, limit: int | None, *, asked: bool = False) -> Rows:
+        source = placed(data, given, purpose)
+        bare = run.teacher_writes and not task_of(data, source).any_answered(read[source])
+        return tokenised(data, source, read[source][:limit], models, note, asked=asked or bare)
 
     asked = data.responses == "teacher"
-    train = rows(data.train, data.limit, asked=asked or bare(data.train))
+    train = rows(data.train, "train", data.limit, asked=asked)
     if data.validation is not None:
-        validation = rows(data.validation, data.validation_size, asked=asked or bare(data.validation))
+        validation = rows(data.validation, "validation", data.validation_size, asked=asked)
     else:
         train, validation = _held_out(run, train)
         note(f"{len(validation.examples)} rows of {data.train} are held out for validation")
     # Test rows keep their own responses, where the file has any.
-    tests = {name: rows(source, run.evaluation.limit, asked=bare(source)) for name, source in data.test.items()}
+    tests = {name: rows(given, "test", run.evaluation.limit) for name, given in data.test.items()}
     for found in (train, validation, *tests.values()):
         check_room(models, found.examples, run.generation.max_new_tokens)
     text: list[Example] = []
     if data.text is not None and data.text_weight > 0:
         end_id = cast(int, models.tokenizer.eos_token_id)
-        source = _source(data.text)
-        part = {"split": source.split, "name": source.name}
-        text = text_examples(source.path, models.tokenizer, length=data.text_length, end_id=end_id, **part)
+        path, chosen = _text_of(data, data.text)
+        text = text_examples(path, models.tokenizer, length=data.text_length, end_id=end_id, **chosen)
         check_room(models, text)
     return RowSets(train, validation, tests, text)
 
@@ -119,7 +148,7 @@ def check_room(models: Models, examples: Sequence[Example], new_tokens: int = 0)
         if name == "teacher":
             read = [e if e.teacher_context is None else _as_read(e) for e in examples]
         row = max(read, key=lambda e: layout.longest(e.start, len(e.tokens) - e.start))
-        prompt = max(read, key=lambda e: e.start)
+        prompt = max(map(last_turn, read), key=lambda e: e.start)
         if layout.longest(row.start, len(row.tokens) - row.start) > room:
             raise ConfigError(
                 f"{row.id} has {len(row.tokens)} tokens, but the {name} reads at most {room}; "
@@ -138,41 +167,43 @@ def _as_read(example: Example) -> Example:
     return replace(example, tokens=tokens, targets=[False] * len(context) + [True] * len(example.response))
 
 
-def task_of(data: Data) -> InstructionTask:
-    """The task that ``data`` describes."""
-    roles = {"instruction": "instruction", "input": "input", "output": "output"}
-    return InstructionTask(template=data.template, system=data.system, fields=roles | data.fields)
+def task_of(data: Data, source: Source | None = None) -> Task:
+    """The task that ``data`` describes, as it is for the rows of ``source``.
+
+    A known data set for this task has its own field names, and a translation brings its languages.
+    """
+    spec, entry = data.spec, None if source is None else data.known_in(source)
+    fields = spec.fields | ({} if entry is not None and entry.task == data.task else data.fields)
+    variables = data.variables | ({} if source is None else data.languages_of(source))
+    return Task(spec, fields=fields, template=data.prompt, system=data.system, variables=variables)
 
 
 def end_of_response(data: Data, models: Models) -> int:
     """The token that ends a response: the chat template's own where that is used, else the tokenizer's."""
-    if data.template == "chat":
+    if data.prompt == CHAT:
         return turn_end(models.tokenizer, models.end_ids)
     return cast(int, models.tokenizer.eos_token_id)
 
 
-def only_asked(
-    task: InstructionTask, rows: Sequence[Mapping[str, Any]]
-) -> tuple[InstructionTask, list[dict[str, Any]]]:
-    """``rows`` without their responses, and the task of such rows."""
-    answer = task.fields["output"]
-    fields = {role: name for role, name in task.fields.items() if role != "output"}
-    return replace(task, fields=fields), [{k: v for k, v in row.items() if k != answer} for row in rows]
-
-
 def tokenised(
     data: Data,
-    given: str | Source,
+    source: Source,
     rows: Sequence[Mapping[str, Any]],
     models: Models,
     note: Note,
     *,
     asked: bool = False,
 ) -> Rows:
-    """``rows`` of the source ``given``, as the run's task reads them; ``asked``: a model is to write the responses."""
-    task, source = task_of(data), _source(given)
+    """``rows`` of ``source``, as the run's task reads them; ``asked``: a model is to write the responses."""
+    task = task_of(data, source)
+    other = {name: value for name, value in task.variables.items() if data.variables.get(name, value) != value}
+    if other:
+        note(f"{source}: read with {', '.join(f'{name} {value}' for name, value in other.items())}")
+    entry = data.known_in(source)
+    if entry is not None and entry.min_words:
+        note(f"{source}: rows whose reference has fewer than {entry.min_words} words are left out")
     if asked:
-        task, rows = only_asked(task, rows)
+        task, rows = task.only_asked(rows)
     name = Path(source.path).stem + ("" if source.split is None else f"-{source.split}")
     examples, report = task.examples(
         rows,
@@ -189,13 +220,15 @@ def tokenised(
     references = {row_id: task.references(row, row_id=row_id) for row_id, row in zip(ids, rows, strict=True)}
     written = {row_id: task.user_text(row, row_id=row_id) for row_id, row in zip(ids, rows, strict=True)}
     decode = models.tokenizer.decode
-    prompts = {e.id: written[e.id] or cast(str, decode(e.prompt, skip_special_tokens=True)) for e in examples}
+    prompts = {
+        e.id: written[e.id] or cast(str, decode(last_turn(e).prompt, skip_special_tokens=True)) for e in examples
+    }
     return Rows(examples, references, prompts)
 
 
 def _for_teacher(
     data: Data,
-    task: InstructionTask,
+    task: Task,
     rows: Sequence[Mapping[str, Any]],
     examples: list[Example],
     models: Models,
@@ -203,8 +236,13 @@ def _for_teacher(
     note: Note,
 ) -> list[Example]:
     """``examples`` with what the teacher reads in place of their prompts."""
-    template = data.teacher_template or data.template
-    system = data.teacher_system or (data.system if template == "chat" else None)
+    if task.spec.conversation is not None:
+        raise ConfigError(
+            "data.teacher_system and data.teacher_template: in a chat the teacher reads what the student reads; leave "
+            "them out"
+        )
+    template = data.teacher_template or data.prompt
+    system = data.teacher_system or (data.system if template == CHAT else None)
     other = replace(task, template=template, system=system)
     prompts = other.prompts(rows, models.tokenizer, max_prompt=data.max_length - 1, source=name)
     empty = [e.id for e in examples if not prompts[e.id][0]]

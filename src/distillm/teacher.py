@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import DataError, StorageError
 from .generation import Sampling
-from .types import Example, answer
+from .types import Example, answer, last_turn
 
 Write = Callable[[Sequence[Example]], list[Example]]
 
@@ -102,6 +102,7 @@ def _same(found: Any, wanted: dict[str, Any]) -> bool:
 
 
 def _digest(prompt: Example) -> str:
+    prompt = last_turn(prompt)
     context = prompt.prompt if prompt.teacher_context is None else prompt.teacher_context
     return hashlib.sha256(json.dumps(context).encode()).hexdigest()[:24]
 

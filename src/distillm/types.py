@@ -1,6 +1,6 @@
 """The values that travel through the library: ``Example`` -> ``Batch`` -> ``Head``, and the ``State`` of a run."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -50,10 +50,29 @@ class Example:
         return self.tokens[self.start :]
 
 
+def last_turn(example: Example) -> Example:
+    """``example`` with its last response alone as the target: what comes before is the prompt that it answers.
+
+    The same row where there is but one response, and where there is none.
+    """
+    targets, first = example.targets, example.start
+    start = len(targets)
+    while start > first and not targets[start - 1]:
+        start -= 1
+    while start > first and targets[start - 1]:
+        start -= 1
+    if start == first:
+        return example
+    context = example.teacher_context  # which stands for the tokens before the first target
+    context = None if context is None else context + example.tokens[first:start]
+    return replace(example, targets=[False] * start + targets[start:], teacher_context=context)
+
+
 def answer(
     prompt: Example, response: list[int], origin: Origin, born: int = 0, log_probs: list[float] | None = None
 ) -> Example:
-    """``prompt``'s context followed by ``response``, every token of which is a target."""
+    """``prompt``'s context, up to its last turn, followed by ``response``, every token of which is a target."""
+    prompt = last_turn(prompt)
     tokens = prompt.prompt + response
     targets = [False] * prompt.start + [True] * len(response)
     return Example(prompt.id, tokens, targets, origin, born, prompt.teacher_context, log_probs)

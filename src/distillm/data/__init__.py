@@ -1,19 +1,22 @@
 """Files -> rows -> ``Example`` -> ``Batch``: reading, templates, tokenisation and collation."""
 
 from .collate import collate, lay_out_prompts
+from .known import known_rows, located
 from .read import read_rows
-from .task import InstructionTask, LengthReport
+from .task import LengthReport, Task
 from .text import all_texts, text_examples
 from .tokenize import encode_prompts, encode_responses
 
 __all__ = [
-    "InstructionTask",
     "LengthReport",
+    "Task",
     "all_texts",
     "collate",
     "encode_prompts",
     "encode_responses",
+    "known_rows",
     "lay_out_prompts",
+    "located",
     "read_rows",
     "text_examples",
 ]

@@ -12,6 +12,8 @@ from ..errors import ConfigError, DataError
 
 BOM = b"\xef\xbb\xbf"
 AROUND = 30  # characters shown on either side of a mistake
+ON_THE_HUB = "hf://datasets/"
+VALIDATION = ("validation", "valid", "val", "dev")
 HUB_WORDS = 2  # a name on the hub is NAME or OWNER/NAME
 
 
@@ -19,12 +21,15 @@ def read_rows(source: str | Path, *, split: str | None = None, name: str | None 
     r"""The rows of ``source`` in its own order, each a dictionary by field name.
 
     ``source`` is a file (.jsonl; .json with objects line by line or in one array; .csv with a header; .parquet), a
-    folder written by ``datasets.save_to_disk``, or the name of a dataset that ``datasets.load_dataset`` knows.
-    ``split`` chooses among the splits of the latter two, ``name`` the configuration of the last. Text is UTF-8, with
-    or without a byte order mark; only ``\n`` and ``\r\n`` end a line. Raises DataError with the file and line.
+    folder written by ``datasets.save_to_disk`` or with a file for each split, the name of a dataset that
+    ``datasets.load_dataset`` knows, or files on the hub (hf://datasets/...). ``split`` chooses among the splits of a
+    folder or dataset, ``name`` its configuration. Text is UTF-8, with or without a byte order mark; only ``\n`` and
+    ``\r\n`` end a line. Raises DataError with the file and line.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if str(source).startswith(ON_THE_HUB):
+        rows = _hub_rows(str(source), split, name)
+    elif path.is_dir():
         _refuse(name=name, why=f"{source} is a folder")
         rows = _saved_rows(path, split)
     elif path.exists() or _looks_like_file(str(source), path):
@@ -35,6 +40,12 @@ def read_rows(source: str | Path, *, split: str | None = None, name: str | None 
     if not rows:
         raise DataError(f"{source}: it holds no rows; give data with at least one row")
     return rows
+
+
+def split_file(folder: Path, split: str) -> Path | None:
+    """The file of ``folder`` that is named after ``split``; validation may be called valid, val or dev."""
+    names = VALIDATION if split in VALIDATION else (split,)
+    return next((f for n in names for s in READERS if (f := folder / f"{n}{s}").is_file()), None)
 
 
 def read_text(path: Path) -> str:
@@ -182,6 +193,8 @@ READERS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _par
 
 def _saved_rows(path: Path, split: str | None) -> list[dict[str, Any]]:
     if not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
+        if split is not None and (file := split_file(path, split)) is not None:
+            return _file_rows(file)
         files = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in READERS)
         hint = f"name one of its files: {listed(files)}" if files else "name a data file"
         raise DataError(f"{path}: the folder was not written by datasets.save_to_disk; {hint}")
@@ -198,8 +211,11 @@ def _hub_rows(source: str, split: str | None, name: str | None) -> list[dict[str
     import datasets
     from datasets.exceptions import DatasetsError
 
+    given: dict[str, Any] = {"path": source, "name": name}
+    if source.startswith(ON_THE_HUB):  # its files, by the reader of their kind; a script beside them is never run
+        given = {"path": "parquet" if source.endswith(".parquet") else "json", "data_files": source}
     try:
-        data = datasets.load_dataset(source, name, split=split)
+        data = datasets.load_dataset(**given, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(
             f"{source}: neither a file or folder here nor a dataset that could be loaded: {error}"

@@ -1,27 +1,19 @@
-"""The instruction task: rows -> prompts by a template -> ``Example``, within the length limits."""
+"""A task at work: rows -> prompts by a template -> ``Example``, within the length limits."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from difflib import get_close_matches
-from functools import lru_cache, partial
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError
+from ..tasks import CHAT, TaskSpec, compiled, is_jinja, load_task, near
 from ..types import Example
+from .conversation import Conversation, Message, Unfit, asked_of, messages_of, render, written
 from .read import listed
 from .tokenize import encode_prompts, encode_responses, longest_fit
-
-NAMED = ("alpaca", "chat")
-ROLES = ("instruction", "input", "output")
-ALPACA = (
-    "Below is an instruction that describes a task{paired}. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n{input}### Response:\n"
-)
 
 
 @dataclass(frozen=True)
@@ -34,6 +26,7 @@ class LengthReport:
     dropped: int = 0
     empty_responses: int = 0
     prompt_only: int = 0
+    shortened: int = 0
 
     @property
     def used(self) -> int:
@@ -43,6 +36,7 @@ class LengthReport:
     def __str__(self) -> str:
         counts = {
             "with a cut prompt": self.cut_prompts,
+            "without their oldest turns": self.shortened,
             "with a cut response (no end token)": self.cut_responses,
             "without a response, for a model to write": self.prompt_only,
             "dropped because the limit leaves no room for the user's text, or there is none": self.dropped,
@@ -53,57 +47,131 @@ class LengthReport:
 
 
 @dataclass(frozen=True)
-class InstructionTask:
-    """An instruction, sometimes an input, and the response to learn.
+class _Made:
+    """What a row became: its prompt (none where nothing fits), its response if it has one, and what was left out.
 
-    ``fields`` maps instruction, input and output to the names in the data; input and output may be absent.
-    ``template`` is "alpaca", "chat" (the tokenizer's own, with ``system`` as its first message) or the text of a Jinja
-    template, which sees the row's fields under both kinds of name, except the response. Raises ConfigError on
-    settings that do not fit together.
+    ``context`` says of each token of the prompt whether it is to be learned, where some are.
     """
 
-    fields: Mapping[str, str] = field(default_factory=lambda: {role: role for role in ROLES})
-    template: str = "alpaca"
+    prompt: list[int]
+    response: list[int] | None
+    empty: bool = False
+    cut: bool = False
+    shortened: bool = False
+    context: list[bool] = field(default_factory=list[bool])
+
+
+class _Unset(dict[str, str]):
+    """Fields that were not given, as against none."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task with its settings: by default instructions in the Alpaca wording.
+
+    ``fields`` maps the task's fields to the names in the data; those that are not in it are absent. ``template`` is a
+    name that the task knows, "chat" (the tokenizer's own, with ``system`` as its first message) or the text of a Jinja
+    template, which sees the row's fields under both kinds of name, except the response. ``variables`` are for
+    templates. Raises ConfigError on settings that do not fit together.
+    """
+
+    spec: TaskSpec = field(default_factory=lambda: load_task("instruction"))
+    fields: Mapping[str, str] = field(default_factory=_Unset)
+    template: str = ""
     system: str | None = None
+    variables: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:
+        spec, roles = self.spec, list(self.spec.fields)
+        object.__setattr__(self, "fields", dict(spec.fields if isinstance(self.fields, _Unset) else self.fields))
+        object.__setattr__(self, "template", self.template or spec.template)
+        object.__setattr__(self, "variables", {**spec.variables, **self.variables})
         for role in self.fields:
-            if role not in ROLES:
-                raise ConfigError(f"fields: unknown key '{role}'; allowed are {listed(ROLES)}{_nearest(role, ROLES)}")
-        if self.system is not None and self.template != "chat":
+            if role not in roles:
+                raise ConfigError(f"fields: unknown key '{role}'; allowed are {listed(roles)}{near(role, roles)}")
+        if spec.conversation is not None and self.template != CHAT:
+            raise ConfigError(f"template: task {spec.name} knows none but 'chat', the tokenizer's own; leave it out")
+        if self.system is not None and self.template != CHAT:
             raise ConfigError("system applies to template 'chat' only; leave it out, or write it into the template")
-        if self.template in NAMED:
-            if "instruction" not in self.fields:
-                raise ConfigError(f"fields: template '{self.template}' needs a field for 'instruction'; add it")
+        if spec.owns(self.template):
+            for role in spec.required:
+                if role not in self.fields:
+                    raise ConfigError(f"fields: template '{self.template}' needs a field for '{role}'; add it")
             return
-        if "{{" not in self.template and "{%" not in self.template:
+        if not is_jinja(self.template):
             raise ConfigError(
-                f"template {self.template!r} is neither a known name ({listed(NAMED)}) nor a Jinja template with "
-                f"{{{{ fields }}}}, given as text, not as a file{_nearest(self.template, NAMED)}"
+                f"template {self.template!r} is neither a known name ({listed(spec.named)}) nor a Jinja template with "
+                f"{{{{ fields }}}}, given as text, not as a file{near(self.template, spec.named)}"
             )
         try:
-            _compile(self.template)
+            compiled(self.template)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"template: line {error.lineno}: {error.message}; mend the Jinja template") from None
+
+    @property
+    def chats(self) -> bool:
+        """Whether prompts are in the tokenizer's chat template, so that a response ends as its turns do."""
+        return self.template == CHAT
+
+    @property
+    def answer(self) -> str | None:
+        """The column of the response, or of the conversation that holds it; None where rows have none."""
+        return self.fields.get(self.spec.response or self.spec.conversation or "")
 
     def prompt_text(
         self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None, *, row_id: str = "row"
     ) -> str:
         """The prompt before tokenisation; "chat" needs the tokenizer. Raises DataError naming ``row_id``."""
+        if self.spec.conversation is not None:
+            return self._chat(asked_of(self._messages(row, row_id)), tokenizer, row_id)
         return self._render(row, self._content(row, row_id), tokenizer, row_id)
 
     def user_text(self, row: Mapping[str, Any], *, row_id: str = "row") -> str:
-        """What the user wrote, without the template: instruction and input, apart by an empty line."""
+        """What the user wrote, without the template: the texts of the prompt, apart by an empty line; of a longer
+        conversation a line for each message."""
+        if self.spec.conversation is not None:
+            return written(asked_of(messages_of(self._conversation(row, row_id), row_id)))
         return "\n\n".join(text for text in self._content(row, row_id).values() if text.strip())
 
     def references(self, row: Mapping[str, Any], *, row_id: str = "row") -> list[str]:
-        """The acceptable responses of ``row``; none where it has no output. Training learns the first."""
-        value = row.get(self.fields["output"]) if "output" in self.fields else None
+        """The acceptable responses of ``row``; none where it has none. Training learns the first."""
+        if self.spec.conversation is not None:
+            last = messages_of(self._conversation(row, row_id), row_id)[-1]
+            return [last["content"]] if last["role"] == "assistant" else []
+        name = self.answer
+        value = None if name is None else row.get(name)
         values = value if isinstance(value, list | tuple) else [] if value is None else [value]
         for text in values:
             if not isinstance(text, str):
-                raise _not_text(row_id, self.fields["output"], text)
+                raise _not_text(row_id, str(name), text)
         return list(values)
+
+    def only_asked(self, rows: Sequence[Mapping[str, Any]]) -> "tuple[Task, list[dict[str, Any]]]":
+        """``rows`` without their responses, and the task of such rows."""
+        name = self.answer
+        if self.spec.conversation is not None and name is not None:
+            return self, [{**row, name: self._unanswered(row.get(name))} for row in rows]
+        fields = {role: column for role, column in self.fields.items() if role != self.spec.response}
+        return replace(self, fields=fields), [{k: v for k, v in row.items() if k != name} for row in rows]
+
+    def any_answered(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether a row has a response, if an empty one."""
+        if self.spec.conversation is not None:
+            return any(self.references(row) for row in rows)
+        return any(self.answer in row for row in rows)
+
+    def without_missing(self, rows: Sequence[Mapping[str, Any]]) -> "Task":
+        """The task of ``rows``, of which none may have a field that is not required."""
+        there = {name for row in rows for name in row}
+        kept = {role: name for role, name in self.fields.items() if role in self.spec.required or name in there}
+        return replace(self, fields=kept)
+
+    def row_of(self, text: str) -> dict[str, Any]:
+        """A row of which ``text`` is all that the user says."""
+        if self.spec.conversation is not None:
+            return {self.fields[self.spec.conversation]: [{"role": "user", "content": text}]}
+        first = self.spec.required[0] if self.spec.required else self.spec.asked[0]
+        return {self.fields.get(first, first): text}
 
     def examples(
         self,
@@ -117,36 +185,41 @@ class InstructionTask:
     ) -> tuple[list[Example], LengthReport]:
         """An example ``source:i`` for every usable row ``i``, and what became of the others.
 
-        A prompt over ``max_prompt`` tokens is cut at the end of the input, then of the instruction, so that the
-        template stays whole; a response that goes beyond ``max_length`` tokens in all is cut and gets no end token.
-        A row without output has no targets. Raises DataError, naming the row, where a field is missing or not text,
-        and where no row is usable.
+        A prompt over ``max_prompt`` tokens is cut at the end of the fields that may be cut, in the task's order (the
+        input, then the instruction), so that the template stays whole; a conversation loses its oldest turns. A
+        response that goes beyond ``max_length`` tokens in all is cut and gets no end token. A row without response has
+        no targets. Raises DataError, naming the row, where a field is missing or not text, and where no row is usable.
         """
         if not 1 <= max_prompt < max_length:
             raise ConfigError(f"max_prompt={max_prompt} must be at least 1 and below max_length={max_length}")
         self._check_fields(rows, source)
         ids = [f"{source}:{i}" for i in range(len(rows))]
-        outputs = [self.references(row, row_id=i)[:1] for row, i in zip(rows, ids, strict=True)]
-        prompts = self._prompts(rows, ids, tokenizer, max_prompt)
-        responses = iter(encode_responses(tokenizer, [output[0] for output in outputs if output], end_id))
+        if self.spec.conversation is None:
+            made = self._made(rows, ids, tokenizer, max_prompt, end_id)
+        else:
+            made = [
+                self._talk(row, i, tokenizer, max_prompt, max_length, end_id) for row, i in zip(rows, ids, strict=True)
+            ]
+        names = ("cut_prompts", "shortened", "cut_responses", "dropped", "empty_responses", "prompt_only")
+        counts = dict.fromkeys(names, 0)
         examples: list[Example] = []
-        counts = dict.fromkeys(("cut_prompts", "cut_responses", "dropped", "empty_responses", "prompt_only"), 0)
-        for i, output, (prompt, was_cut) in zip(ids, outputs, prompts, strict=True):
-            response = next(responses) if output else []
-            room = max_length - len(prompt)
-            if output and not output[0].strip():
+        for i, one in zip(ids, made, strict=True):
+            response = one.response or []
+            room = max_length - len(one.prompt)
+            if one.empty:
                 counts["empty_responses"] += 1
-            elif not prompt:
+            elif not one.prompt:
                 counts["dropped"] += 1
             else:
-                counts["cut_prompts"] += was_cut
+                counts["cut_prompts"] += one.cut
+                counts["shortened"] += one.shortened
                 counts["cut_responses"] += len(response) > room
-                counts["prompt_only"] += not output
-                targets = [False] * len(prompt) + [True] * len(response[:room])
-                examples.append(Example(i, prompt + response[:room], targets))
+                counts["prompt_only"] += one.response is None
+                targets = (one.context or [False] * len(one.prompt)) + [True] * len(response[:room])
+                examples.append(Example(i, one.prompt + response[:room], targets))
         report = LengthReport(len(rows), **counts)
         if not examples:
-            raise DataError(f"{source}: no row is usable: {report} {_advice(report)}")
+            raise DataError(f"{source}: no row is usable: {report} {self._advice(report)}")
         return examples, report
 
     def prompts(
@@ -156,16 +229,60 @@ class InstructionTask:
         ids = [f"{source}:{i}" for i in range(len(rows))]
         return dict(zip(ids, self._prompts(rows, ids, tokenizer, max_prompt), strict=True))
 
+    def _made(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        ids: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt: int,
+        end_id: int,
+    ) -> list[_Made]:
+        outputs = [self.references(row, row_id=i)[:1] for row, i in zip(rows, ids, strict=True)]
+        prompts = self._prompts(rows, ids, tokenizer, max_prompt)
+        responses = iter(encode_responses(tokenizer, [output[0] for output in outputs if output], end_id))
+        return [
+            _Made(prompt, next(responses) if output else None, empty=bool(output) and not output[0].strip(), cut=cut)
+            for output, (prompt, cut) in zip(outputs, prompts, strict=True)
+        ]
+
+    def _talk(
+        self,
+        row: Mapping[str, Any],
+        row_id: str,
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt: int,
+        max_length: int,
+        end_id: int,
+    ) -> _Made:
+        self._need_template(tokenizer)
+        messages = self._messages(row, row_id)
+        answered = messages[-1]["role"] == "assistant"
+        if any(m["role"] == "assistant" and not m["content"].strip() for m in messages):
+            return _Made([], None, empty=True)
+        if not any(m["role"] == "user" and m["content"].strip() for m in messages):
+            return _Made([], None)
+        try:
+            kept, left_out = Conversation(tokenizer, messages, end_id, row_id).fitting(max_prompt, max_length)
+        except Unfit as error:
+            raise self._refused(error) from error
+        if kept is None:
+            return _Made([], None)
+        before = kept.segments[:-1] if answered else kept.segments
+        # Without a last turn there is nothing to learn: a model is to write it.
+        marks = [answered and said for ids, said in before for _ in ids]
+        prompt = [token for ids, _ in before for token in ids]
+        return _Made(prompt, kept.response if answered else None, shortened=left_out > 0, context=marks)
+
     def _prompts(
         self, rows: Sequence[Mapping[str, Any]], ids: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_prompt: int
     ) -> list[tuple[list[int], bool]]:
         """Each prompt's ids (none where nothing of the user's text fits) and whether it was cut."""
         contents = [self._content(row, i) for row, i in zip(rows, ids, strict=True)]
         texts = [self._render(row, text, tokenizer, i) for row, text, i in zip(rows, contents, ids, strict=True)]
-        encoded = encode_prompts(tokenizer, texts, has_specials=self.template == "chat")
+        encoded = encode_prompts(tokenizer, texts, has_specials=self.chats)
         prompts: list[tuple[list[int], bool]] = []
         for row, content, prompt, i in zip(rows, contents, encoded, ids, strict=True):
-            if self.template in NAMED and not any(text.strip() for text in content.values()):
+            if self.spec.owns(self.template) and not any(text.strip() for text in content.values()):
                 prompts.append(([], False))
             elif len(prompt) <= max_prompt:
                 prompts.append((prompt, False))
@@ -183,12 +300,12 @@ class InstructionTask:
     ) -> list[int]:
         def encode(content: dict[str, str]) -> list[int]:
             text = self._render(row, content, tokenizer, row_id)
-            return encode_prompts(tokenizer, [text], has_specials=self.template == "chat")[0]
+            return encode_prompts(tokenizer, [text], has_specials=self.chats)[0]
 
         def fits(content: dict[str, str], role: str, text: str) -> bool:
             return len(encode({**content, role: text})) <= max_prompt
 
-        for role in reversed(content):  # the input first
+        for role in [role for role in self.spec.cut if role in content]:
             if fits(content, role, ""):
                 kept = longest_fit(tokenizer, content[role], partial(fits, content, role), max_prompt)
                 content = {**content, role: kept}
@@ -197,18 +314,18 @@ class InstructionTask:
         return []
 
     def _content(self, row: Mapping[str, Any], row_id: str) -> dict[str, str]:
-        """The user's text by role: what may be cut."""
+        """The texts of the prompt by field: what may be cut."""
         content: dict[str, str] = {}
-        for role in ("instruction", "input"):
+        for role in self.spec.asked:
             name = self.fields.get(role)
             value = None if name is None else row.get(name)
             if isinstance(value, str):
                 content[role] = value
             elif value is not None:
                 raise _not_text(row_id, str(name), value)
-            elif role == "input":
+            elif role in self.spec.optional:
                 content |= {} if name is None else {role: ""}
-            elif self.template in NAMED:
+            elif self.spec.owns(self.template):
                 what = "is null" if name in row else "is missing"
                 raise DataError(
                     f"{row_id}: the field '{name}' (for {role}) {what}; the fields there are: {listed(list(row))}; "
@@ -223,71 +340,88 @@ class InstructionTask:
         tokenizer: PreTrainedTokenizerBase | None,
         row_id: str,
     ) -> str:
-        if self.template == "alpaca":
-            given = bool(content.get("input", "").strip())
-            return ALPACA.format(
-                paired=", paired with an input that provides further context" if given else "",
-                instruction=content["instruction"],
-                input=f"### Input:\n{content['input']}\n\n" if given else "",
-            )
-        if self.template == "chat":
-            return self._chat(content, tokenizer, row_id)
-        seen = {**row, **{self.fields[role]: text for role, text in content.items() if role in self.fields}, **content}
-        for name in ("output", self.fields.get("output", "output")):
+        spec, mine = self.spec, {**self.variables, **dict.fromkeys(self.spec.asked, ""), **content}
+        if self.chats:
+            said = "\n\n".join(text for text in content.values() if text.strip())
+            text = said if spec.user is None else compiled(spec.user).render(mine)
+            return self._chat([*self._system(), {"role": "user", "content": text}], tokenizer, row_id)
+        if spec.owns(self.template):
+            return compiled(spec.text_of(self.template)).render(mine)
+        named = {self.fields[role]: text for role, text in content.items() if role in self.fields}
+        seen = {**row, **named, **self.variables, **content}
+        learned = str(spec.response)
+        for name in (learned, self.fields.get(learned, learned)):
             seen.pop(name, None)  # the response must not be in its own prompt
         try:
-            return _compile(self.template).render(seen)
+            return compiled(self.template).render(seen)
         except Exception as error:  # a user's template can raise anything
             raise DataError(
                 f"{row_id}: the template failed: {error}; the fields it can use are: {listed(sorted(seen))}"
             ) from error
 
-    def _chat(self, content: Mapping[str, str], tokenizer: PreTrainedTokenizerBase | None, row_id: str) -> str:
-        if tokenizer is None or not tokenizer.chat_template:
-            raise DataError("the tokenizer has no chat template; choose template: alpaca, or write one in Jinja")
-        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        text = "\n\n".join(text for text in content.values() if text.strip())
-        messages.append({"role": "user", "content": text})
+    def _system(self) -> list[Message]:
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def _chat(self, messages: list[Message], tokenizer: PreTrainedTokenizerBase | None, row_id: str) -> str:
+        self._need_template(tokenizer)
         try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except (jinja2.TemplateError, ValueError) as error:
+            return render(cast(PreTrainedTokenizerBase, tokenizer), messages, ask=True, row_id=row_id)
+        except Unfit as error:
+            raise self._refused(error) from error
+
+    def _need_template(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        if tokenizer is None or not tokenizer.chat_template:
+            raise DataError(f"the tokenizer has no chat template; {self._instead()}")
+
+    def _instead(self) -> str:
+        names = [*self.spec.templates]
+        if self.spec.conversation is not None:
+            return f"task {self.spec.name} needs one: put a chat_template.jinja that fits the model into its folder"
+        return f"choose template: {names[0] if names else 'null'}, or write one in Jinja"
+
+    def _refused(self, error: Unfit) -> DataError:
+        return DataError(f"{error}; {self._instead()}" + ("" if self.system is None else ", or leave system out"))
+
+    def _messages(self, row: Mapping[str, Any], row_id: str) -> list[Message]:
+        """The conversation, after ``system`` where it has no system message of its own."""
+        messages = messages_of(self._conversation(row, row_id), row_id)
+        return messages if messages[0]["role"] == "system" else [*self._system(), *messages]
+
+    def _conversation(self, row: Mapping[str, Any], row_id: str) -> Any:
+        name = str(self.answer)
+        if name not in row:
             raise DataError(
-                f"{row_id}: the tokenizer's chat template failed: {error}; choose template: alpaca"
-                + ("" if self.system is None else ", or leave system out")
-            ) from error
+                f"{row_id}: the field '{name}' (for {self.spec.conversation}) is missing; the fields there are: "
+                f"{listed(list(row))}; give its name in fields.{self.spec.conversation}"
+            )
+        return row[name]
+
+    def _unanswered(self, given: Any) -> Any:
+        """The messages as they were given, without the assistant's last turn: what is wrong in them is said later."""
+        if not isinstance(given, list) or not given or not isinstance(given[-1], Mapping):
+            return given
+        last = given[-1].get("role", given[-1].get("from"))
+        return given[:-1] if last in ("assistant", "gpt") and len(given) > 1 else given
 
     def _check_fields(self, rows: Sequence[Mapping[str, Any]], source: str) -> None:
         if not rows:
             raise DataError(f"{source}: there are no rows; give at least one")
         there = sorted({str(name) for row in rows for name in row})
         for role, name in self.fields.items():
-            # The default names may be absent (instruction is checked row by row); a name the user chose may not.
-            if role != name and name not in there:
+            # The task's names may be absent (required ones are checked row by row); one that the user chose may not.
+            if self.spec.fields[role] != name and name not in there:
                 raise DataError(
                     f"{source}: no row has the field '{name}' (for {role}); the fields there are: {listed(there)}"
-                    f"{_nearest(name, there)}"
+                    f"{near(name, there)}"
                 )
 
-
-@lru_cache(maxsize=8)
-def _compile(template: str) -> jinja2.Template:
-    # A template's last line end belongs to the prompt; nothing is escaped, because this is no web page.
-    environment = ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
-    )
-    return environment.from_string(template)
+    def _advice(self, report: LengthReport) -> str:
+        if report.empty_responses == report.rows:
+            return (
+                f"Leave the {self.spec.response or 'last'} field out of the data if a model is to write the responses."
+            )
+        return "Raise max_prompt, or choose a shorter template."
 
 
 def _not_text(row_id: str, name: str, value: Any) -> DataError:
     return DataError(f"{row_id}: the field '{name}' is {value!r:.40}, not a text; write it as a text in the data")
-
-
-def _nearest(word: str, allowed: Sequence[str]) -> str:
-    near = get_close_matches(word, allowed, n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else ""
-
-
-def _advice(report: LengthReport) -> str:
-    if report.empty_responses == report.rows:
-        return "Leave the output field out of the data if a model is to write the responses."
-    return "Raise max_prompt, or choose a shorter template."

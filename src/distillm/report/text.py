@@ -15,7 +15,7 @@ SCORE_NAMES = {
     "response_tokens": "Response length (tokens)",
     "truncated": "Cut by length",
 }
-DATA_FACTS = ("train", "validation", "test", "limit", "template", "responses", "text")
+DATA_FACTS = ("task", "train", "validation", "test", "limit", "template", "responses", "text")
 SYSTEM_NAMES = {"before": "student before", "student": "student distilled"}
 
 
