@@ -4,7 +4,7 @@ import asyncio
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Generic, TypeVar, cast
@@ -89,11 +89,12 @@ def _judgment(question: Question[T], replies: Sequence[Reply]) -> Judgment[T]:
 
 def _run(asking: "_Asking[T]", questions: Sequence[Question[T]], display: Display) -> list[Judgment[T]]:
     found: list[Judgment[T] | None] = [None] * len(questions)
-    with asyncio.Runner() as runner, _interruptible(runner.get_loop(), asking, display):
-        try:
-            runner.run(asking.all(questions, found))
-        except asyncio.CancelledError:  # by the second Ctrl-C
-            pass
+    with (
+        asyncio.Runner() as runner,
+        _interruptible(runner.get_loop(), asking, display),
+        suppress(asyncio.CancelledError),  # by the second Ctrl-C
+    ):
+        runner.run(asking.all(questions, found))
     left = sum(judgment is None for judgment in found)
     if left:
         raise Interrupted(
@@ -172,8 +173,8 @@ class _Asking(Generic[T]):
                 self._in_a_row += 1
                 if self._in_a_row >= max(FEWEST, self.server.jobs):
                     raise JudgeError(
-                        f"{question.name}: the server gave no answer to {self._in_a_row} questions in a row, each tried "
-                        f"{self.server.attempts} times; the last time: {error}\n"
+                        f"{question.name}: the server gave no answer to {self._in_a_row} questions in a row, each "
+                        f"tried {self.server.attempts} times; the last time: {error}\n"
                         f"{len(self.cache)} replies are kept in {self.cache.path}: the same command goes on from there"
                     ) from error
             found[i] = judgment

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,9 @@ def key_of(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+_FIELDS = ("key", "text", "cut", "prompt_tokens", "completion_tokens")
+
+
 class Cache:
     """Replies by key, in memory and in a JSON Lines file, to which each is appended and flushed as it comes.
 
@@ -55,13 +59,14 @@ class Cache:
     def _take(self, line: bytes) -> bool:
         try:
             entry = json.loads(line)
-            reply = Reply(entry["text"], entry["cut"], entry["prompt_tokens"], entry["completion_tokens"])
-            known = isinstance(entry["key"], str) and isinstance(reply.text, str) and isinstance(reply.cut, bool)
-            if not known or not all(isinstance(n, int | None) for n in (reply.prompt_tokens, reply.completion_tokens)):
-                return False
+            key, text, cut, *tokens = (entry[name] for name in _FIELDS)
         except (ValueError, KeyError, TypeError, RecursionError):
             return False
-        self._replies[entry["key"]] = reply
+        if not (isinstance(key, str) and isinstance(text, str) and isinstance(cut, bool)):
+            return False
+        if not all(isinstance(count, int | None) for count in tokens):
+            return False
+        self._replies[key] = Reply(text, cut, *tokens)
         return True
 
     def get(self, key: str) -> Reply | None:
@@ -91,7 +96,5 @@ class Cache:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        try:
+        with suppress(OSError):  # the same full disk that was reported when the line was written
             self._file.close()
-        except OSError:  # the same full disk that was reported when the line was written
-            pass

@@ -14,6 +14,7 @@ from typing import Any, Self
 from ..errors import ConfigError, JudgeError
 from .cache import Reply
 
+OK, SERVER_ERROR = 200, 500
 RETRIED = (408, 425, 429)
 """Statuses below 500 that a later attempt may mend."""
 LONGEST_PAUSE = 60.0  # seconds between two attempts, unless the server asks for more
@@ -154,11 +155,11 @@ class Client:
         except httpx.RequestError as error:
             return self._safe(f"{type(error).__name__}: {error}"), None
         status = response.status_code
-        if status == httpx.codes.OK:
+        if status == OK:
             return self._read(response.content), None
         said = self._said(response.content)
         reason = f"status {status} {response.reason_phrase}{': ' + said if said else ''}"
-        if status >= httpx.codes.INTERNAL_SERVER_ERROR or status in RETRIED:
+        if status >= SERVER_ERROR or status in RETRIED:
             return reason, retry_after(response.headers.get("Retry-After"))
         raise ConfigError(f"{name}: the server refuses, {reason}\n{_advice(status, self._url)}")
 
@@ -231,4 +232,6 @@ def _advice(status: int, url: str) -> str:
         return f"It was asked at {url}. Does --server end as the server wants it, often in /v1, and is --model right?"
     if 300 <= status < 400:
         return f"It was asked at {url}, and answers that it is elsewhere; give its real address by --server."
-    return "The request itself is not accepted. Fields can be added, or left out by null: --body '{\"max_tokens\": null}'"
+    return (
+        "The request itself is not accepted. Fields can be added, or left out by null: --body '{\"max_tokens\": null}'"
+    )

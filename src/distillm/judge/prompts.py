@@ -23,8 +23,13 @@ NEEDED: dict[Kind, tuple[str, ...]] = {"single": ("prompt", "answer"), "pair": (
 """What a template must show; it may also use ``mark``."""
 FORMS: dict[Kind, str] = {"single": "Score: N", "pair": "Verdict: A, B or tie"}
 _MARKUP = re.compile(r"[*_`\[\]()#>\"'$]+")
-_SCORE = re.compile(r"(?:(?:final|overall|my) )*(?:score|rating|grade) ?[:=]? ?(\d+(?:\.\d+)?)(?: ?(?:/|out of) ?10)? ?\.?", re.I)
-_VERDICT = re.compile(r"(?:(?:final|overall|my) )*(?:verdict|winner) ?[:=]? ?(?:(?:answer|reply) )?(a|b|tie) ?\.?", re.I)
+_SCORE = re.compile(
+    r"(?:(?:final|overall|my) )*(?:score|rating|grade) ?[:=]? ?(\d+(?:\.\d+)?)(?: ?(?:/|out of) ?10)? ?\.?", re.I
+)
+_VERDICT = re.compile(
+    r"(?:(?:final|overall|my) )*(?:verdict|winner) ?[:=]? ?(?:(?:answer|reply) )?(a|b|tie) ?\.?", re.I
+)
+_PROMPTS = resources.files("distillm.judge").joinpath("prompts")
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
 
 
@@ -73,7 +78,7 @@ def load_template(kind: Kind, path: Path | None = None) -> Template:
     """
     if path is None:
         name = f"{kind}.txt"
-        return Template(kind, name, resources.files(__package__).joinpath("prompts", name).read_text(encoding="utf-8"))
+        return Template(kind, name, _PROMPTS.joinpath(name).read_text(encoding="utf-8"))
     try:
         text = path.read_text(encoding="utf-8")
         used = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(text))
@@ -97,7 +102,7 @@ def load_template(kind: Kind, path: Path | None = None) -> Template:
 
 def reminder(kind: Kind, attempt: int) -> str:
     """What is added to a question that is asked again; ``attempt`` counts from 2."""
-    text = resources.files(__package__).joinpath("prompts", "again.txt").read_text(encoding="utf-8")
+    text = _PROMPTS.joinpath("again.txt").read_text(encoding="utf-8")
     return _ENVIRONMENT.from_string(text).render(attempt=attempt, form=FORMS[kind])
 
 

@@ -111,7 +111,7 @@ def read_answers(path: Path, limit: int | None = None) -> Answers:
     odd = next((row for row in rows if len(row.predictions) != count), None)
     if odd is not None:
         raise DataError(f"{path}: {odd.id} has {len(odd.predictions)} answers, where {rows[0].id} has {count}")
-    seeds = answers.seeds if len(answers.seeds) == count else list(range(count))
+    seeds = answers.seeds if len(answers.seeds) == len(set(answers.seeds)) == count else list(range(count))
     return answers.model_copy(update={"predictions": rows[:limit], "seeds": seeds})
 
 
