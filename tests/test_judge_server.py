@@ -160,6 +160,13 @@ def test_questions_are_asked_side_by_side(source: Path):
         done("judge", source, "--server", server.url, *QUICK, "--jobs", 8)
 
 
+def test_what_was_asked_of_the_first_rows_is_not_asked_again_for_all(source: Path):
+    with serving() as server:
+        done("judge", source, "--server", server.url, *QUICK, "--limit", 1)
+        assert "6 calls, 2 from the cache" in done("judge", source, "--server", server.url, *QUICK)
+    assert result(source)["num_rows"] == 4
+
+
 def test_a_judgment_of_other_settings_is_not_replaced_unasked(source: Path):
     with serving() as server:
         done("judge", source, "--server", server.url, *QUICK)

@@ -16,6 +16,8 @@ from .errors import ConfigError, JudgeError, first_of
 
 FIXED = ("model", "messages", "stream", "n")
 """Fields of a request that ``--body`` must leave alone."""
+DECISIVE = ("judge", "prompt", "temperature", "max_tokens", "body")
+"""Settings that every reply depends on."""
 
 Source = Annotated[Path, typer.Argument(metavar="EVAL_JSON", help="Answers: eval/NAME.json of a run, or of its form.")]
 ServerUrl = Annotated[str, typer.Option("--server", help="Chat completions, such as http://127.0.0.1:8000/v1.")]
@@ -215,11 +217,15 @@ def _default_output(source: Path, against: Path | None) -> Path:
 
 
 def _check_replaced(target: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse to replace what was judged in another way, unless the user names the file."""
+    """Refuse to replace what was judged in another way, unless the user names the file.
+
+    Other rows, seeds or numbers of tries of the same judging are in the cache, so nothing is lost with them.
+    """
     if not target.exists():
         return
     try:
-        same = json.loads(target.read_bytes())["settings"] == settings
+        there = json.loads(target.read_bytes())["settings"]
+        same = all(there[name] == settings[name] for name in DECISIVE)
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
