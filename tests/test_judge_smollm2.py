@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.data]
 
 DOLLY = Path(__file__).parents[2] / "shared" / "data" / "dolly" / "test.jsonl"
 ROWS = 3
-# 135 million parameters do not follow our own prompt: they go on about it until they are cut.
+# 135 million parameters do not judge (docs/log.md). What is held here is that a real server is asked rightly, and that
+# what a real model says instead of a verdict is kept, reported as failed and in no score.
 SHORT = """Question: {{ prompt }}
 Reply: {{ answer }}
 
@@ -95,7 +96,11 @@ def dolly(path: Path, change: Any) -> Path:
     return path
 
 
-def test_a_small_model_judges_and_nothing_is_asked_twice(served: tuple[str, str], tmp_path: Path):
+def grades(row: dict[str, Any]) -> list[float | None]:
+    return [each["score"] for each in (row["reference"], *row["answers"])]
+
+
+def test_a_real_server_is_asked_once_and_what_it_says_is_kept(served: tuple[str, str], tmp_path: Path):
     url, model = served
     source = dolly(tmp_path / "answers.json", lambda text: " ".join(text.split()[:4]))
     (tmp_path / "short.txt").write_text(SHORT)
@@ -114,12 +119,15 @@ def test_a_small_model_judges_and_nothing_is_asked_twice(served: tuple[str, str]
         for each in (row["reference"], *row["answers"]):
             assert each["replies"]
             assert each["score"] is None or 1 <= each["score"] <= 10
+    failed = {row["id"] for row in found["failed"]["rows"]}
+    assert all((row["id"] in failed) == (None in grades(row)) for row in found["rows"])
+    assert found["failed"]["left_out"] == len(failed)
     again = distillm(*command, "--max-failed", 100)
     assert f"0 calls, {usage['calls']} from the cache" in again.out
     assert json.loads((tmp_path / "answers.judge.json").read_text(encoding="utf-8"))["rows"] == found["rows"]
 
 
-def test_a_model_that_is_not_there_is_refused_or_given_up_in_words(served: tuple[str, str], tmp_path: Path):
+def test_a_path_that_is_not_there_is_refused(served: tuple[str, str], tmp_path: Path):
     source = dolly(tmp_path / "answers.json", str.upper)
     said = distillm("judge", source, "--server", served[0].replace("/v1", "/v9"), "--model", served[1])
     assert said.code == 2
