@@ -22,18 +22,18 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # docs/architecture.md has the same table; a folder stands for all its files.
 LEVELS = {
     0: ["types.py", "errors.py"],
-    1: ["divergences.py", "schedules.py", "explain.py", "tasks/", "known/"],
+    1: ["divergences.py", "schedules.py", "explain.py", "tasks/", "known/", "writing.py"],
     2: ["kernels/", "data/", "models.py", "heads.py", "vocabulary.py", "generation.py", "adapters.py"],
     3: ["scoring.py", "sources.py", "teacher.py"],
     4: ["losses.py", "policy_gradient.py", "contrastive.py", "theory.py"],
     5: ["methods.py"],
-    6: ["train.py", "checkpoint.py", "folder.py", "evaluation/", "report/", "display.py"],
+    6: ["train.py", "checkpoint.py", "folder.py", "evaluation/", "report/", "display.py", "judge/"],
     7: ["config.py", "method_settings.py", "data_settings.py", "recipes/"],
     8: ["assembly.py", "rows.py", "provenance.py"],
     9: ["assess.py", "project.py"],
     10: ["pipeline.py", "commands.py"],
     11: ["demo/", "sweep.py", "analyse.py", "listing.py"],
-    12: ["cli.py", "__main__.py"],
+    12: ["cli.py", "cli_judge.py", "__main__.py"],
 }
 LEVEL_OF = {name.removesuffix("/"): level for level, names in LEVELS.items() for name in names}
 KNOW_RUN = {
@@ -139,6 +139,7 @@ def test_files_and_functions_stay_small(path: Path):
 LIGHT = {
     "the help": "sys.argv = ['distillm', '--help']",
     "the help of train": "sys.argv = ['distillm', 'train', '--help']",
+    "the help of judge": "sys.argv = ['distillm', 'judge', '--help']",
     "the schema": "sys.argv = ['distillm', 'schema']",
     "the recipes": "sys.argv = ['distillm', 'recipes']",
     "the data sets": "sys.argv = ['distillm', 'datasets']",

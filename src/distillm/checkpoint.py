@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from .errors import StorageError
 from .sources import ReplayBuffer
 from .types import Example, State
+from .writing import flush
+from .writing import write_text as write_text
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -66,11 +68,11 @@ def written_aside(target: Path) -> Generator[Path]:
         scratch.mkdir(parents=True)
         yield scratch
         for path in scratch.rglob("*"):
-            _flush(path)
+            flush(path)
         if target.exists():
             os.replace(target, old)
         os.replace(scratch, target)
-        _flush(target.parent)
+        flush(target.parent)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"could not write {target}: {error}. Nothing that was saved before is lost.") from error
     finally:
@@ -78,18 +80,6 @@ def written_aside(target: Path) -> Generator[Path]:
             os.replace(old, target)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in one stroke."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        _flush(scratch)
-        os.replace(scratch, path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise StorageError(f"could not write {path}: {error}. Nothing that was saved before is lost.") from error
 
 
 def save_checkpoint(
@@ -219,12 +209,3 @@ def _restore_generators(tensors: dict[str, Tensor], numpy_position: dict[str, An
         torch.mps.set_rng_state(tensors["mps"])
     keys = tensors["numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, numpy_position["pos"], numpy_position["has_gauss"], numpy_position["gauss"]))
-
-
-def _flush(path: Path) -> None:
-    """Ask the system to put ``path`` on the disk, so that a power cut after the rename cannot empty it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,14 +13,15 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from . import __version__
+from . import __version__, cli_judge
 from .config import Run, load_run, make_run, read_yaml, recipes
 from .errors import ConfigError, DataError, DistillmError, StorageError, TrainingError
 from .listing import datasets
 
 EXIT_CODES = """
 Exit codes: 0 done · 1 a defect of distillm (with a traceback; please report it) · 2 a setting, file or model cannot be
-used · 3 training diverged · 4 a file could not be written or read back · 130 stopped by Ctrl-C.
+used · 3 training diverged · 4 a file could not be written or read back · 5 judging is incomplete · 130 stopped by
+Ctrl-C.
 """
 
 ABOUT_RUNS = ("Run", "Data", "Method", "Student", "Seeds", "Best validation divergence", "Steps", "Time")
@@ -37,6 +38,7 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="The shipped recipes: a YAML file for each experiment.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
 app.command("datasets")(datasets)
+app.command()(cli_judge.judge)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted name.")]
 MaxNew = Annotated[

@@ -37,6 +37,12 @@ class StorageError(DistillmError):
     exit_code = 4
 
 
+class JudgeError(DistillmError):
+    """The judging is incomplete: the server stopped answering, or too many of its answers could not be read."""
+
+    exit_code = 5
+
+
 class Interrupted(DistillmError):
     """The user stopped the work; what was done is saved."""
 
