@@ -12,12 +12,12 @@ import distillm
 from distillm.cli import app
 from distillm.config import load_run, make_run, read_yaml, recipes
 from distillm.method_settings import Distillation
-from tiny import CHAT_TEMPLATE, save, tiny_causal, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, save, tiny_model, tiny_tokenizer
 from tiny_run import rows, write_rows
 
 TOKENIZERS = Path(__file__).parents[2] / "shared" / "tokenizers"
 KINDS = {"gpt2": "gpt2", "opt": "opt", "openllama2": "llama", "llama3.2": "llama", "qwen2.5": "qwen2"}
-KINDS |= {"gemma2": "gemma2", "smollm2": "llama", "demo": "llama"}
+KINDS |= {"gemma2": "gemma2", "smollm2": "llama", "demo": "llama", "mt5": "t5", "t5": "t5"}
 FAMILY = re.compile("|".join(re.escape(name) for name in KINDS))
 
 
@@ -28,7 +28,7 @@ def family_of(recipe: str) -> str:
 
 
 def tokenizer_for(family: str) -> PreTrainedTokenizerBase:
-    folder = TOKENIZERS / {"qwen2.5": "qwen2.5", "gpt2": "gpt2", "opt": "opt"}.get(family, "none")
+    folder = TOKENIZERS / {"qwen2.5": "qwen2.5", "gpt2": "gpt2", "opt": "opt", "t5": "t5"}.get(family, "none")
     if not folder.is_dir():
         return tiny_tokenizer(chat_template=CHAT_TEMPLATE)
     if family == "opt":  # its folder holds no settings; the model's own say that </s> is put in front
@@ -47,16 +47,28 @@ def with_tiny_parts(recipe: str, folder: Path) -> dict[str, Any]:
     """The recipe's own settings, with models, rows and output from ``folder``."""
     settings, family = read_yaml(recipe), family_of(recipe)
     tokenizer = tokenizer_for(family)
-    kind, room = KINDS[family], {"n_positions": 2048} if family == "gpt2" else {"max_position_embeddings": 2048}
+    kind = KINDS[family]
+    room = {"gpt2": {"n_positions": 2048}, "t5": {}}.get(kind, {"max_position_embeddings": 2048})
     layers = settings["student"].get("layers")
     depth = {list: lambda: max(layers) + 1, int: lambda: layers + 1}.get(type(layers), lambda: 2)()
     for name, seed, deep in (("teacher", 1, depth), ("student", 2, 1)):
         if settings.get(name, {}).get("path") is not None:
             # Padded, as real ones are: the tokenizer class of a family may add tokens of its own.
-            model = tiny_causal(kind, vocab_size=len(tokenizer) + 8, layers=deep, seed=seed, **room)
+            model = tiny_model(kind, vocab_size=len(tokenizer) + 8, layers=deep, seed=seed, **room)
             save(model, tokenizer, folder / name)
             settings[name]["path"] = str(folder / name)
     made = {"train": rows(12), "validation": rows(4, 20), "test": rows(3, 40)}
+    task = make_run(settings).data.spec
+    if task.name != "instruction":  # the rows, as the recipe's data set has them
+        settings["data"]["task"] = task.name
+        asked = next(name for name in task.fields if name != task.response)
+        made = {
+            name: [
+                {task.fields[asked]: row["instruction"], task.fields[str(task.response)]: row["output"]}
+                for row in found
+            ]
+            for name, found in made.items()
+        }
     for name, found in made.items():
         write_rows(folder / f"{name}.jsonl", found)
     data = settings["data"]
@@ -79,6 +91,23 @@ def test_a_recipe_builds_its_pipeline(recipe: str, tmp_path: Path) -> None:
     assert project.method.reads_teacher == (settings["method"]["name"] not in ("sft", "seqkd"))
     step = next(iter(distillm.steps(project)))
     assert step.loss > 0
+
+
+def test_the_encoder_decoders_of_the_paper_are_all_there() -> None:
+    for start, task in (("samsum-t5", "summarization"), ("iwslt2017-mt5", "translation")):
+        for size in ("base", "small"):
+            run = load_run(f"{start}-{size}-distillm")
+            assert run.data.task == task
+            assert run.teacher is not None
+            for path in (run.teacher.path, run.student.path):  # made by recipes too
+                assert path is not None
+                assert load_run(path.split("/")[1]).method.name == "sft"
+            text = recipes()[f"{start}-{size}-distillm"].read_text()
+            sections = [
+                line for line in text.splitlines() if line.startswith(("train:", "optim:", "generation:", "method:"))
+            ]
+            assert len(sections) == 4
+            assert all("not published" in line for line in sections)
 
 
 def test_the_published_experiments_are_all_there_with_their_settings() -> None:
