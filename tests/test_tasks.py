@@ -11,12 +11,13 @@ from command_line import done, refused
 from distillm.config import Run, as_yaml, make_run
 from distillm.data import Task
 from distillm.errors import ConfigError, DataError
+from distillm.methods import METHODS
 from distillm.pipeline import distill
 from distillm.project import build, steps
 from distillm.rows import task_of
 from distillm.tasks import load_task, tasks
 from distillm.types import last_turn
-from tiny import CHAT_TEMPLATE, save, tiny_causal, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, save, tiny_causal, tiny_model, tiny_tokenizer
 from tiny_run import NUMBERS, Heard, events, lines, scores, settings, write_rows
 
 TOKENIZER = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
@@ -203,11 +204,11 @@ def made_for(task: str, count: int, first: int = 0) -> list[dict[str, Any]]:
     return [{asked: f"Say {a} {b}.", answer: f"{a} and {b}"} for a, b in pairs]
 
 
-@pytest.fixture(name="models", scope="module")
-def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(name="models", scope="module", params=["llama", "t5"])
+def _models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("models")
-    save(tiny_causal(seed=1), TOKENIZER, made / "teacher")
-    save(tiny_causal(layers=1, seed=2), TOKENIZER, made / "student")
+    save(tiny_model(request.param, seed=1), TOKENIZER, made / "teacher")
+    save(tiny_model(request.param, layers=1, seed=2), TOKENIZER, made / "student")
     return made
 
 
@@ -243,6 +244,16 @@ def test_every_task_trains_and_is_scored_from_the_command_line(models: Path, tmp
     answers = lines(tmp_path / "out.jsonl")
     assert [{k: v for k, v in row.items() if k != "response"} for row in answers] == made_for(task, 2, 40)
     assert all(isinstance(row["response"], str) for row in answers)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", [*tasks()])
+def test_every_method_trains_on_every_task(models: Path, tmp_path: Path, task: str, method: str):
+    given = settings_of(models, tmp_path, task, "distillm", test={})
+    given |= {"method": {"name": method}, "train": given["train"] | {"steps": 2}}
+    taken = list(steps(build(make_run(given))))
+    assert len(taken) == 2
+    assert all(step.loss == step.loss and step.grad_norm > 0 and step.tokens > 0 for step in taken)
 
 
 def expected_of(task: str, number: int) -> str:
