@@ -360,7 +360,9 @@ def _settings_for(source: str, template: str | None, device: str | None, task: s
         settings["student"] = {"path": str(folder / "student"), **kept}
     settings |= {"device": device or "auto", "tracker": "none"}
     if task is not None:  # what belongs to another task means nothing to it
-        settings["data"] |= {"task": task, "template": None, "fields": {}, "variables": {}}
+        for name in ("template", "fields", "variables"):
+            settings["data"].pop(name, None)
+        settings["data"]["task"] = task
     if template is not None:
         settings["data"]["template"] = template
         if template != "chat":
