@@ -283,6 +283,9 @@ def test_a_teacher_answers_chats_that_end_with_the_user(models: Path, tmp_path: 
         assert sample["prompt"].endswith("?")
         assert sample["reference"] == sample["teacher"].strip()
     assert not events(folder, "failed")
+    write_rows(tmp_path / "train.jsonl", [{"messages": [{"role": "tool", "content": "x"}]}])
+    with pytest.raises(DataError, match="train:0: message 0 is of role 'tool'"):
+        build(make_run(given))
 
 
 def test_chats_without_answers_and_teachers_that_read_more_are_refused(models: Path, tmp_path: Path):
