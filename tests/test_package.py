@@ -120,6 +120,7 @@ def test_the_installed_package_is_the_one_from_the_wheel_and_finds_its_data(pyth
     listed = run(command, "recipes", cwd=tmp_path)
     assert [line.split()[0] for line in listed.splitlines()] == sorted(recipes())
     assert "student:" in run(command, "recipes", "show", "demo", cwd=tmp_path)
+    assert "task translation" in run(command, "datasets", cwd=tmp_path)
 
 
 def test_the_installed_package_writes_a_report(python: Path, tmp_path: Path):

@@ -294,19 +294,37 @@ def test_a_teacher_answers_chats_that_end_with_the_user(models: Path, tmp_path: 
         assert sample["prompt"].endswith("?")
         assert sample["reference"] == sample["teacher"].strip()
     assert not events(folder, "failed")
+    write_rows(tmp_path / "train.jsonl", [{"messages": [{"role": "tool", "content": "x"}]}])
+    with pytest.raises(DataError, match="train:0: message 0 is of role 'tool'"):
+        build(make_run(given))
 
 
 def test_chats_without_answers_and_teachers_that_read_more_are_refused(models: Path, tmp_path: Path):
-    given = settings_of(models, tmp_path, "chat", "distillm", teacher_system="Be brief.")
-    with pytest.raises(ConfigError, match="in a chat the teacher reads what the student reads"):
-        build(make_run(given))
+    given = settings_of(models, tmp_path, "chat", "distillm")
+    for key in ("teacher_system", "teacher_template"):
+        with pytest.raises(ConfigError, match=f"{key}: in a chat the teacher reads what the student reads"):
+            make_run(given | {"data": given["data"] | {key: "chat"}})
     bare = [{"messages": row["messages"][:-1]} for row in made_for("chat", 9)]
     write_rows(tmp_path / "train.jsonl", bare)
     with pytest.raises(DataError, match=r"train:\d has no response"):
-        build(make_run(given | {"data": {**given["data"], "teacher_system": None}}))
+        build(make_run(given))
     save(tiny_causal(seed=3), tiny_tokenizer(), tmp_path / "plain")
     message = refused("eval", tmp_path / "plain", "--data", tmp_path / "test.jsonl")
     assert "the field 'instruction' (for instruction) is missing" in message
+    message = refused("eval", tmp_path / "plain", "--data", tmp_path / "test.jsonl", "--task", "chat")
+    assert "the tokenizer has no chat template; task chat needs one" in message
+
+
+def test_a_model_is_asked_for_the_task_that_is_named(models: Path, tmp_path: Path):
+    settings_of(models, tmp_path, "translation", "sft")
+    model, short = models / "student", ("--max-new-tokens", 2)
+    done("eval", model, "--data", tmp_path / "test.jsonl", "--task", "translation", *short)
+    said = done("generate", model, "Hello.", "--task", "translation", "--template", "plain", *short)
+    assert said.startswith("> Hello.\n")
+    message = refused("generate", model, "Hello.", "--task", "translating", *short)
+    assert "no task and no file translating; the tasks are chat, " in message
+    write_rows(tmp_path / "test.jsonl", made_for("chat", 2))
+    done("generate", model, "--file", tmp_path / "test.jsonl", "--task", "chat", *short)
 
 
 def test_a_known_data_set_alone_says_what_a_run_is(models: Path, tmp_path: Path):

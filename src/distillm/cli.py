@@ -46,6 +46,9 @@ MaxNew = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="auto (cuda, then mps, then cpu), cpu, cuda or mps.")]
 Template = Annotated[str | None, typer.Option(help="alpaca, chat, or a Jinja template; a run's own unless given.")]
+TaskName = Annotated[
+    str | None, typer.Option(help="instruction, summarization, translation, chat or a YAML file; a run's own if any.")
+]
 
 
 def _print_version(asked: bool) -> None:
@@ -138,6 +141,7 @@ def evaluate_command(
     seeds: Annotated[str | None, typer.Option(help="Decoding seeds with commas: 10,20,30.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Also measure the divergence to this teacher.")] = None,
     template: Template = None,
+    task: TaskName = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy.")] = None,
     max_new_tokens: MaxNew = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
@@ -153,7 +157,7 @@ def evaluate_command(
     evaluation |= {"limit": limit, "batch_size": batch_size}
     generation = {"max_new_tokens": max_new_tokens}
     if predictions is not None:
-        others = (source, data, teacher, template, max_new_tokens, device, *evaluation.values())
+        others = (source, data, teacher, template, task, max_new_tokens, device, *evaluation.values())
         if any(given is not None for given in others):
             raise ConfigError("--predictions FILE are texts that are there already: of the other options only --output")
         from .data import read_rows
@@ -171,7 +175,7 @@ def evaluate_command(
             )
         )
     else:
-        settings = _settings_for(source, template, device)
+        settings = _settings_for(source, template, device, task)
         settings["data"]["train"] = data
         if output is None and (Path(source) / "run.yaml").is_file():
             output = Path(source) / "eval" / f"{Path(data).stem}-student.json"
@@ -197,6 +201,7 @@ def generate(
     file: Annotated[str | None, typer.Option(help="Rows to answer instead (JSON Lines, CSV, Parquet).")] = None,
     output: Annotated[Path | None, typer.Option(help="Write JSON Lines here instead of printing.")] = None,
     template: Template = None,
+    task: TaskName = None,
     max_new_tokens: MaxNew = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
@@ -208,7 +213,7 @@ def generate(
 
     if bool(prompts) == bool(file):
         raise ConfigError("give either one or more prompts, or --file FILE")
-    settings = _settings_for(model, template, device)
+    settings = _settings_for(model, template, device, task)
     settings["data"] |= {"train": "prompts", "responses": "dataset"}
     settings |= {"teacher": None, "method": {"name": "sft"}, "validation": {}}  # only the student is needed
     decoding = {"evaluation": {"seeds": [seed], "temperature": temperature}}
@@ -337,7 +342,7 @@ def demo(
     run_demo(output, Display(), quick=quick, teacher=teacher)
 
 
-def _settings_for(source: str, template: str | None, device: str | None) -> dict[str, Any]:
+def _settings_for(source: str, template: str | None, device: str | None, task: str | None = None) -> dict[str, Any]:
     """The settings of a run folder with its student as it ended, or plain ones for a model.
 
     The device and the tracker are of the machine that trained, so they are not the run's.
@@ -356,6 +361,10 @@ def _settings_for(source: str, template: str | None, device: str | None) -> dict
             settings |= {} if base else {"method": {"name": "sft"}}
         settings["student"] = {"path": str(folder / "student"), **kept}
     settings |= {"device": device or "auto", "tracker": "none"}
+    if task is not None:  # what belongs to another task means nothing to it
+        for name in ("template", "fields", "variables"):
+            settings["data"].pop(name, None)
+        settings["data"]["task"] = task
     if template is not None:
         settings["data"]["template"] = template
         if template != "chat":

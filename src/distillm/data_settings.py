@@ -94,6 +94,9 @@ class Data(Section):
         unknown = sorted(self.fields.keys() - spec.fields.keys())
         if unknown:
             raise ValueError(f"fields: {unknown[0]} is not a field of the task ({', '.join(spec.fields)})")
+        if spec.conversation is not None and (self.teacher_system or self.teacher_template):
+            key = "teacher_system" if self.teacher_system else "teacher_template"
+            raise ValueError(f"{key}: in a chat the teacher reads what the student reads; leave it out")
         unknown = sorted(self.variables.keys() - spec.variables.keys())
         own = self.template is not None and is_jinja(self.template) and not spec.owns(self.template)
         if unknown and not own:  # a template of the user's may see more

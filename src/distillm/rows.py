@@ -236,11 +236,6 @@ def _for_teacher(
     note: Note,
 ) -> list[Example]:
     """``examples`` with what the teacher reads in place of their prompts."""
-    if task.spec.conversation is not None:
-        raise ConfigError(
-            "data.teacher_system and data.teacher_template: in a chat the teacher reads what the student reads; leave "
-            "them out"
-        )
     template = data.teacher_template or data.prompt
     system = data.teacher_system or (data.system if template == CHAT else None)
     other = replace(task, template=template, system=system)

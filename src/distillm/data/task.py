@@ -157,7 +157,8 @@ class Task:
     def any_answered(self, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Whether a row has a response, if an empty one."""
         if self.spec.conversation is not None:
-            return any(self.references(row) for row in rows)
+            given = [row.get(str(self.answer)) for row in rows]
+            return any(self._unanswered(messages) is not messages for messages in given)
         return any(self.answer in row for row in rows)
 
     def without_missing(self, rows: Sequence[Mapping[str, Any]]) -> "Task":

@@ -172,20 +172,18 @@ def load_task(source: str) -> TaskSpec:
     Raises:
         ConfigError: there is none, or it cannot be used; the message names the key.
     """
-    return _shipped(source) if source in tasks() else _read(source, Path(source).expanduser())
-
-
-@cache
-def _shipped(name: str) -> TaskSpec:
-    return _read(name, tasks()[name])
-
-
-def _read(source: str, path: Path) -> TaskSpec:
+    path = tasks().get(source, Path(source).expanduser())
     if not path.is_file():
         raise ConfigError(
             f"data.task: there is no task and no file {source}; the tasks are {', '.join(tasks())}"
             f"{near(source, [*tasks()])}"
         )
+    return _read(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=32)
+def _read(path: Path, _written: int) -> TaskSpec:
+    """The task in a file as it was written at that time."""
     try:
         settings: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, OSError) as error:
