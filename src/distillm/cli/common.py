@@ -1,0 +1,108 @@
+"""What several commands share: options, a run made of them, files, tables."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ..config import Run, make_run, read_yaml
+from ..errors import ConfigError, DataError, StorageError
+
+ABOUT_RUNS = ("Run", "Data", "Method", "Student", "Seeds", "Best validation divergence", "Steps", "Time")
+
+MaxNew = Annotated[
+    int | None, typer.Option(min=1, help="Longest response, in tokens; a run's own, or 256, unless given.")
+]
+Device = Annotated[str | None, typer.Option(help="auto (cuda, then mps, then cpu), cpu, cuda or mps.")]
+Template = Annotated[str | None, typer.Option(help="alpaca, chat, or a Jinja template; a run's own unless given.")]
+
+
+def settings_for(source: str, template: str | None, device: str | None) -> dict[str, Any]:
+    """The settings of a run folder with its student as it ended, or plain ones for a model.
+
+    The device and the tracker are of the machine that trained, so they are not the run's.
+    """
+    folder = Path(source)
+    if not (folder / "run.yaml").is_file():
+        settings: dict[str, Any] = {"student": {"path": source}, "method": {"name": "sft"}, "data": {}}
+    elif not (folder / "student").is_dir():
+        raise DataError(f"{folder} has no student yet: the run has not ended. Go on with it by resume=auto")
+    else:
+        settings = read_yaml(source)
+        kept = {name: settings["student"][name] for name in ("dtype", "trust_remote_code")}
+        if (settings.get("teacher") or {}).get("adapter_off"):  # the student as it was is the teacher of what it became
+            base = settings["student"]["path"]
+            settings["teacher"] = None if base is None else {"path": base, **kept}
+            settings |= {} if base else {"method": {"name": "sft"}}
+        settings["student"] = {"path": str(folder / "student"), **kept}
+    settings |= {"device": device or "auto", "tracker": "none"}
+    if template is not None:
+        settings["data"]["template"] = template
+        if template != "chat":
+            settings["data"] |= {"system": None, "teacher_system": None}
+    return settings
+
+
+def run_with(settings: dict[str, Any], source: str, changes: dict[str, dict[str, Any]]) -> Run:
+    """``settings`` as a run, with those ``changes`` that are not None."""
+    for section, values in changes.items():
+        settings.setdefault(section, {}).update({name: value for name, value in values.items() if value is not None})
+    return make_run(settings, source=source)
+
+
+def whole_numbers(option: str, text: str | None) -> list[int] | None:
+    """The numbers of ``1,2,3``; ``ConfigError`` naming ``option`` where it is something else."""
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{option} {text}: write whole numbers with commas, such as 0,4,9") from error
+
+
+def make_folder_of(path: Path | None) -> None:
+    """Find out before the work whether its result can be written."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"could not make the folder {path.parent}: {error.strerror}") from error
+    if path.is_dir():
+        raise StorageError(f"{path} is a folder; give the name of a file")
+
+
+def write(path: Path, text: str) -> None:
+    """Write ``text``, whole or not at all."""
+    from ..checkpoint import write_text
+
+    make_folder_of(path)
+    write_text(path, text)
+
+
+def show_comparison(runs: Sequence[Path]) -> None:
+    """Print the table of ``runs``."""
+    from ..report import compare_table, table_cells
+
+    header, body = table_cells(compare_table(runs))
+    columns = [(name, cells) for name, *cells in zip(header, *body, strict=True)]
+    # What is the same in every row is said once, so that the scores fit a terminal.
+    same = [name in ABOUT_RUNS and len({*cells}) == 1 for name, cells in columns]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for (name, _), once in zip(columns, same, strict=True):
+        if not once:
+            table.add_column(name)
+    for row in body:
+        table.add_row(*(cell for cell, once in zip(row, same, strict=True) if not once))
+    console = plain_console()
+    console.print(table)
+    said = [f"{name}: {cells[0]}" for (name, cells), once in zip(columns, same, strict=True) if once]
+    console.print(" · ".join(said), highlight=False)
+
+
+def plain_console() -> Console:
+    """A console as wide as the terminal; in a file or a pipe nothing is squeezed. [Brackets] are no marks."""
+    console = Console(markup=False)
+    return console if console.is_terminal else Console(markup=False, width=200)
