@@ -21,24 +21,7 @@ from distillm.errors import ConfigError, DataError
 from distillm.evaluation import METRICS, score_predictions, score_texts
 from distillm.evaluation.metrics import known, signatures, sums
 
-WORDS = ["the", "fox", "Sleeps", "naïve", "你好", "runs", "running", "ran.", "(hi)", "'tis", "3.5", "...", "😀", "é", "\n"]
-    "the",
-    "fox",
-    "Sleeps",
-    "naïve",
-    "你好",
-    "runs",
-    "running",
-    "ran.",
-    "(hi)",
-    "'tis",
-    "don't",
-    "3.5",
-    "...",
-    "😀",
-    "é",
-    "\n",
-]
+WORDS = ["the", "fox", "Sleeps", "naïve", "你好", "runs", "running", "ran.", "(hi)", "'tis", "3.5", "😀", "é", "\n"]
 TEXTS = st.text(max_size=30) | st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
 ROWS = st.lists(st.tuples(TEXTS, st.lists(TEXTS, min_size=1, max_size=3)), min_size=1, max_size=6)
 OFTEN = settings(deadline=None, max_examples=60, derandomize=True)
