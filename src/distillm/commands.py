@@ -1,6 +1,6 @@
 """What the small commands do: score a model, answer prompts, shrink a teacher, train a tokenizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,31 +21,51 @@ from .rows import check_room, end_of_response, only_asked, task_of, tokenised
 from .vocabulary import train_tokenizer
 
 
-def score(run: Run, data: str) -> Result:
-    """Score the run's student on the rows of ``data``, with the run's task, decoding, seeds and limit."""
+def score(run: Run, data: Sequence[str], system: Literal["student", "teacher"] = "student") -> Iterator[Result]:
+    """Score a model of the run on each of ``data`` in turn, with the run's task, decoding, seeds, metrics and limit.
+
+    All files are read before the models are, which are loaded once.
+
+    Raises:
+        ConfigError: there is no such model, or a row does not fit it.
+        DataError: a file cannot be read, or a row has no reference.
+    """
     display = Display()
-    read = read_rows(data)[: run.evaluation.limit]
+    if system == "teacher" and run.teacher is None:
+        raise ConfigError("the run has no teacher to score")
+    read = {name: read_rows(name)[: run.evaluation.limit] for name in data}
+    for name, found in read.items():
+        _check_references(run.data, name, found)
     models = assembly.load_models(run, assembly.make_accelerator(run), display.note)
-    rows = tokenised(_fitting(run, models), data, read, models, display.note)
-    bare = next((row for row, references in rows.references.items() if not references), None)
-    if bare is not None:
-        raise DataError(
-            f"{bare} has no reference to score against: no field '{task_of(run.data).fields['output']}'. Add one to "
-            f"every row, or let the model answer without scores: distillm generate MODEL --file {data}"
-        )
-    check_room(models, rows.examples, run.generation.max_new_tokens)
+    model = models.student if system == "student" else models.teacher
+    assert model is not None
+    fitting = _fitting(run, models)
+    rows = {name: tokenised(fitting, name, found, models, display.note) for name, found in read.items()}
+    for found in rows.values():
+        check_room(models, found.examples, run.generation.max_new_tokens)
     seeds = seeds_used(run.evaluation.seeds, assembly.make_sampling(run, run.evaluation.temperature))
-    total = len(rows.examples) * len(seeds)
-    with display.phase(f"score on {Path(data).stem}", total) as advance:
-        return assess(
-            run,
-            models,
-            models.student,
-            rows,
-            seeds=seeds,
-            batch_size=run.evaluation.batch_size,
-            progress=lambda done, _: advance(done),
-        )
+    for name, found in rows.items():
+        with display.phase(f"score on {Path(name).stem}", len(found.examples) * len(seeds)) as advance:
+            yield assess(
+                run,
+                models,
+                model,
+                found,
+                seeds=seeds,
+                batch_size=run.evaluation.batch_size,
+                progress=lambda done, _, advance=advance: advance(done),
+            )
+
+
+def _check_references(data: Data, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    task = task_of(data)
+    for i, row in enumerate(rows):
+        row_id = f"{Path(name).stem}:{i}"
+        if not task.references(row, row_id=row_id):
+            raise DataError(
+                f"{row_id} has no reference to score against: no field '{task.fields['output']}'. Add one to "
+                f"every row, or let the model answer without scores: distillm generate MODEL --file {name}"
+            )
 
 
 def _fitting(run: Run, models: assembly.Models) -> Data:

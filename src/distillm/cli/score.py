@@ -7,6 +7,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.table import Table
 
+from ..config import Run
 from ..errors import ConfigError
 from .common import (
     Device,
@@ -20,68 +21,114 @@ from .common import (
     write,
 )
 
+ALONE = "--predictions FILE are texts that are there already: of the other options only --output and --metrics"
+
 
 def evaluate_command(
     source: Annotated[
-        str | None, typer.Argument(metavar="[RUN|MODEL]", help="A run folder, model folder or hub name.")
+        str | None,
+        typer.Argument(metavar="[RUN|MODEL]", help="A run folder, model folder, GGUF file or hub name."),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Rows with references: a file, a folder or a datasets name.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Rows with references: a file, a folder or a datasets name. May be given several times."),
+    ] = None,
     predictions: Annotated[
         Path | None, typer.Option(help="Score these texts instead: JSON Lines with `prediction` and `references`.")
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Metrics on texts with commas, such as rouge_l,bleu,chrf; see docs/evaluation.md."),
+    ] = None,
+    system: Annotated[str, typer.Option(help="Whose answers: student, or the run's teacher.")] = "student",
     seeds: Annotated[str | None, typer.Option(help="Decoding seeds with commas: 10,20,30.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Also measure the divergence to this teacher.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Also measure the nearness to this teacher.")] = None,
     template: Template = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy.")] = None,
     max_new_tokens: MaxNew = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows generated at a time.")] = None,
     device: Device = None,
-    output: Annotated[Path | None, typer.Option(help="Where the scores and predictions go, as JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The JSON file of scores and predictions; for several --data their folder.")
+    ] = None,
 ) -> None:
-    """Score a model, a run, or given predictions: ROUGE-L, exact match, length and, with a teacher, divergence.
+    """Score a model, a run, or given predictions: on texts, by length, by its probabilities, against a teacher.
 
-    What is not given is as in the run; for a model, as in the defaults of `distillm schema`.
+    \b
+    distillm eval runs/mine --data my/test.jsonl --data other/test2.jsonl --metrics rouge_l,bleu,chrf
+    distillm eval model.gguf --data my/test.jsonl --output scores.json
+    distillm eval --predictions answers.jsonl --metrics bleu
+
+    What is not given is as in the run; for a model, as in the defaults of `distillm schema`. Without --output a run's
+    scores go to RUN/eval/DATA-SYSTEM.json, where `distillm compare` and `distillm report` find them.
     """
+    from ..evaluation.metrics import known
+
+    chosen = None if metrics is None else list(known(name.strip() for name in metrics.split(",")))
     evaluation = {"seeds": whole_numbers("--seeds", seeds), "temperature": temperature}
     evaluation |= {"limit": limit, "batch_size": batch_size}
-    generation = {"max_new_tokens": max_new_tokens}
     if predictions is not None:
-        others = (source, data, teacher, template, max_new_tokens, device, *evaluation.values())
-        if any(given is not None for given in others):
-            raise ConfigError("--predictions FILE are texts that are there already: of the other options only --output")
-        from ..data import read_rows
-        from ..evaluation import score_predictions
+        if system != "student":
+            raise ConfigError(ALONE)
+        if any(given for given in (source, data, teacher, template, max_new_tokens, device)) or any(
+            given is not None for given in evaluation.values()
+        ):
+            raise ConfigError(ALONE)
+        _score_given(predictions, chosen, output)
+        return
+    if source is None or not data:
+        own = "" if source is None else f" (its own test sets are scored by `distillm train {source} resume=auto`)"
+        raise ConfigError("give a run or model and --data FILE, or --predictions FILE" + own)
+    settings = settings_for(source, template, device)
+    settings["data"]["train"] = data[0]
+    targets = _targets(source, data, system, output)
+    if teacher is not None:
+        settings["teacher"] = {"path": teacher}
+    changes = {"evaluation": evaluation | {"metrics": chosen}, "generation": {"max_new_tokens": max_new_tokens}}
+    _score_model(source, run_with(settings, source, changes), system, targets)
 
-        result = score_predictions(read_rows(str(predictions)), predictions.name)
-        name = predictions.stem
-    elif source is None or data is None:
-        raise ConfigError(
-            "give a run or model and --data FILE, or --predictions FILE"
-            + (
-                ""
-                if source is None
-                else f" (a run's own test sets are scored by `distillm train {source} resume=auto`)"
-            )
-        )
+
+def _score_given(predictions: Path, metrics: list[str] | None, output: Path | None) -> None:
+    from ..data import read_rows
+    from ..evaluation import DEFAULT, score_predictions
+
+    make_folder_of(output)
+    result = score_predictions(read_rows(str(predictions)), predictions.name, metrics or DEFAULT)
+    _keep({"data": predictions.stem, "system": "student", "model": None} | result, output)
+
+
+def _score_model(source: str, run: Run, system: str, targets: dict[str, Path | None]) -> None:
+    from ..commands import score
+
+    if system != "student" and system != "teacher":
+        raise ConfigError(f"--system {system}: give student or teacher")
+    model = source if system == "student" else run.teacher and run.teacher.path
+    for (data, target), result in zip(targets.items(), score(run, list(targets), system), strict=True):
+        _keep({"data": Path(data).stem, "system": system, "model": model} | result, target)
+
+
+def _targets(source: str, data: list[str], system: str, output: Path | None) -> dict[str, Path | None]:
+    """Where the scores of each data set go: nowhere, to a file, or to a folder in which nothing is replaced."""
+    names = [Path(name).stem for name in data]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"two --data are called {twice}, and scores are kept by name; rename one of the files")
+    in_run = (Path(source) / "run.yaml").is_file()
+    if output is None and not in_run:
+        return dict.fromkeys(data)
+    if output is not None and len(data) == 1:
+        targets = [output]
     else:
-        settings = settings_for(source, template, device)
-        settings["data"]["train"] = data
-        if output is None and (Path(source) / "run.yaml").is_file():
-            output = Path(source) / "eval" / f"{Path(data).stem}-student.json"
-            if output.exists():
-                raise ConfigError(f"{output} holds scores already; give --output FILE (the same one to replace them)")
-        make_folder_of(output)
-        if teacher is not None:
-            settings["teacher"] = {"path": teacher}
-        run = run_with(settings, source, {"evaluation": evaluation, "generation": generation})
-        from ..commands import score
-
-        result, name = score(run, data), Path(data).stem
-    if output is not None:
-        head = {"data": name, "system": "student", "model": source}
-        write(output, json.dumps(head | result, ensure_ascii=False, indent=1))
-    _show_scores(result, output)
+        folder = Path(source) / "eval" if output is None else output
+        targets = [folder / f"{name}-{system}.json" for name in names]
+        there = next((target for target in targets if target.exists()), None)
+        if there is not None:
+            instead = "FILE (the same one to replace them)" if len(data) == 1 else "FOLDER, or delete them"
+            raise ConfigError(f"{there} holds scores already; give --output {instead}")
+    for target in targets:
+        make_folder_of(target)
+    return dict(zip(data, targets, strict=True))
 
 
 def generate(
@@ -116,11 +163,17 @@ def generate(
         typer.echo(f"> {answer.get(name, '')}\n{answer['response']}\n")
 
 
-def _show_scores(result: dict[str, Any], output: Path | None) -> None:
-    table = Table("Score", "Mean", "± std", title=f"{result['num_rows']} rows, {len(result['seeds'])} seed(s)")
+def _keep(result: dict[str, Any], output: Path | None) -> None:
+    """Write the scores and predictions, where they are to be kept, and show the scores."""
+    if output is not None:
+        write(output, json.dumps(result, ensure_ascii=False, indent=1))
+    title = f"{result['data']}: {result['num_rows']} rows, {len(result['seeds'])} seed(s)"
+    table = Table("Score", "Mean", "± std", title=title)
     for name, score in cast(dict[str, Any], result["scores"]).items():
         table.add_row(name, f"{score['mean']:.2f}", f"{score['std']:.2f}")
     console = plain_console()
     console.print(table)
+    for name, signature in result.get("signatures", {}).items():
+        console.print(f"{name}: {signature}", soft_wrap=True)
     if output is not None:
         console.print(f"scores and predictions: {output}", soft_wrap=True)
