@@ -159,6 +159,6 @@ def test_a_run_says_its_metrics_itself(made: Path, tmp_path: Path):
 def test_a_configuration_with_an_unknown_metric_is_refused(made: Path, tmp_path: Path, given: list[str], said: str):
     from distillm.errors import ConfigError
 
-    with pytest.raises(ConfigError, match="evaluation.metrics") as caught:
+    with pytest.raises(ConfigError, match=r"evaluation\.metrics") as caught:
         tiny_run(made, tmp_path / "run", {"evaluation.metrics": given})
     assert said in str(caught.value)

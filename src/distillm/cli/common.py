@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -12,7 +12,8 @@ from rich.table import Table
 from ..config import Run, make_run, read_yaml
 from ..errors import ConfigError, DataError, StorageError
 
-ABOUT_RUNS = ("Run", "Data", "Method", "Student", "Seeds", "Best validation divergence", "Steps", "Time")
+if TYPE_CHECKING:
+    from ..report import Row
 
 MaxNew = Annotated[
     int | None, typer.Option(min=1, help="Longest response, in tokens; a run's own, or 256, unless given.")
@@ -82,24 +83,20 @@ def write(path: Path, text: str) -> None:
     write_text(path, text)
 
 
-def show_comparison(runs: Sequence[Path]) -> None:
-    """Print the table of ``runs``."""
-    from ..report import compare_table, table_cells
+def show_comparison(rows: "Sequence[Row]") -> None:
+    """Print the table of runs; what is the same in every row is said once, so that the scores fit a terminal."""
+    from ..report import legend, said_once, table_cells
 
-    header, body = table_cells(compare_table(runs))
-    columns = [(name, cells) for name, *cells in zip(header, *body, strict=True)]
-    # What is the same in every row is said once, so that the scores fit a terminal.
-    same = [name in ABOUT_RUNS and len({*cells}) == 1 for name, cells in columns]
+    header, body, once = said_once(*table_cells(rows))
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for (name, _), once in zip(columns, same, strict=True):
-        if not once:
-            table.add_column(name)
+    for name in header:
+        table.add_column(name)
     for row in body:
-        table.add_row(*(cell for cell, once in zip(row, same, strict=True) if not once))
+        table.add_row(*row)
     console = plain_console()
     console.print(table)
-    said = [f"{name}: {cells[0]}" for (name, cells), once in zip(columns, same, strict=True) if once]
-    console.print(" · ".join(said), highlight=False)
+    for line in (" · ".join(once), *legend(rows)):
+        console.print(line, highlight=False)
 
 
 def plain_console() -> Console:

@@ -10,17 +10,38 @@ from .common import show_comparison, write
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the table (.md or .csv).")] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN|FILE...", help="Run folders, or files of scores.")],
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="Test all against a run, RUN:SYSTEM, or a system of each one's own run (before, teacher)."),
+    ] = None,
+    each: Annotated[bool, typer.Option("--each", help="A row for every run, whatever they differ in.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the table (.md, .csv, .tex or .json).")
+    ] = None,
 ) -> None:
-    """Print a table over runs: scores with their spread, divergence, steps and time."""
-    if output is not None and output.suffix not in (".md", ".csv"):
-        raise ConfigError(f"{output}: the ending says the format; write .md or .csv")
-    show_comparison(runs)
-    if output is not None:
-        from ..report import as_csv, as_markdown, compare_table
+    """Print a table over runs: scores with their spread, divergence, steps and time.
 
-        write(output, (as_csv if output.suffix == ".csv" else as_markdown)(compare_table(runs)))
+    \b
+    distillm compare runs/kd runs/distillm
+    distillm compare runs/grid/* --baseline kd -o table.tex
+    distillm compare a/scores.json b/scores.json --baseline a/scores
+
+    Runs that differ in nothing but their seed share a row: mean ± standard deviation over them. With --baseline a sign
+    says where a paired bootstrap finds a difference; the intervals are in .csv and .json. See docs/evaluation.md.
+    """
+    from ..report import FORMATS, compare_table, with_differences
+
+    if output is not None and output.suffix not in FORMATS:
+        raise ConfigError(f"{output}: the ending says the format; write .md or .csv, .tex or .json")
+    rows, notes = compare_table(runs, grouped=not each), list[str]()
+    if baseline is not None:
+        rows, notes = with_differences(rows, baseline)
+    show_comparison(rows)
+    for note in notes:
+        typer.echo(note, err=True)
+    if output is not None:
+        write(output, FORMATS[output.suffix](rows))
 
 
 def report(

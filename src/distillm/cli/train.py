@@ -33,11 +33,12 @@ def train(
         run = run.model_copy(update={"output": source})
     from ..display import Display
     from ..pipeline import distill
+    from ..report import compare_table
 
     display = Display()
     folder = distill(run, display, "distillm " + " ".join(sys.argv[1:]))
     if list((folder / "eval").glob("*.json")):
-        show_comparison([folder])
+        show_comparison(compare_table([folder]))
 
 
 def sweep(
