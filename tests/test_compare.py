@@ -173,9 +173,7 @@ def test_a_system_is_the_baseline_of_its_own_run(runs: list[Path]):
 
 
 def test_an_unknown_baseline_is_refused(runs: list[Path]):
-    with pytest.raises(
-        ConfigError, match="no such run or system in the table; there are distillm, kd, before"
-    ):
+    with pytest.raises(ConfigError, match="no such run or system in the table; there are distillm, kd, before"):
         with_differences(compare_table(runs, grouped=True), "gkd")
     assert "--baseline kd:teacher: no such" in refused("compare", *runs, "--baseline", "kd:teacher")
 

@@ -20,6 +20,7 @@ from distillm.config import MetricName
 from distillm.errors import ConfigError, DataError
 from distillm.evaluation import METRICS, score_predictions, score_texts
 from distillm.evaluation.metrics import known, signatures, sums
+from distillm.report.text import SCORE_NAMES
 
 WORDS = ["the", "fox", "Sleeps", "naïve", "你好", "runs", "running", "ran.", "(hi)", "'tis", "3.5", "😀", "é", "\n"]
 TEXTS = st.text(max_size=30) | st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
@@ -152,6 +153,12 @@ def test_sums_do_not_depend_on_the_order_of_rows():
 
 def test_the_configuration_knows_every_metric():
     assert set(get_args(MetricName)) == set(METRICS)
+
+
+def test_the_docs_and_the_tables_name_every_metric():
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text for name in METRICS)
+    assert set(METRICS) <= set(SCORE_NAMES)
 
 
 def test_an_unknown_metric_is_named_with_what_there_is():
