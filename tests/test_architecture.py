@@ -33,7 +33,7 @@ LEVELS = {
     9: ["assess.py", "project.py"],
     10: ["pipeline.py", "commands.py"],
     11: ["demo/", "sweep.py", "analyse.py", "listing.py"],
-    12: ["cli.py", "cli_judge.py", "__main__.py"],
+    12: ["cli/", "__main__.py"],
 }
 LEVEL_OF = {name.removesuffix("/"): level for level, names in LEVELS.items() for name in names}
 KNOW_RUN = {
@@ -46,7 +46,7 @@ KNOW_RUN = {
     "demo",
     "sweep.py",
     "analyse.py",
-    "cli.py",
+    "cli",
 }
 
 

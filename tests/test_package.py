@@ -102,7 +102,7 @@ def test_the_sdist_holds_what_building_and_testing_elsewhere_needs(built: Path):
         "pyproject.toml",
         "LICENSE",
         "README.md",
-        "src/distillm/cli.py",
+        "src/distillm/cli/__init__.py",
         "tests/tiny.py",
         "docs/architecture.md",
     ):

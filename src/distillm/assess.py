@@ -1,13 +1,15 @@
 """Score a run's model on rows: the one place that selection, the final test and ``distillm eval`` share."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from transformers import PreTrainedModel
 
 from .assembly import Models, make_sampling
 from .config import Run
-from .evaluation import Result, evaluate, summary
+from .evaluation import DEFAULT, Result, evaluate, summary
+from .evaluation.fidelity import fidelity
 from .evaluation.run import decode
 from .generation import generate
 from .rows import Rows
@@ -25,7 +27,10 @@ def assess(
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
-    """Scores and predictions of ``model``; for the student, its mean divergence to the teacher as well."""
+    """Scores and predictions of ``model``, and what its probabilities say at the references.
+
+    For the student also how near they are to the teacher's.
+    """
     result = evaluate(
         model,
         models.tokenizer,
@@ -40,10 +45,22 @@ def assess(
         batch_size=batch_size,
         progress=progress,
         origin=_reads_as(models, model),
+        metrics=metrics_of(run),
     )
-    if model is models.student and models.teacher is not None:
-        result["scores"]["divergence"] = summary([measure(run, models, rows.examples)["divergence"]])
+    examples, pair = rows.examples, models.pair
+    if model is models.teacher:
+        assert pair.read_teacher is not None
+        pair = replace(pair, student=model, read_student=pair.read_teacher, teacher=None, read_teacher=None)
+        examples = [_as_the_teacher_reads(example) for example in examples]
+    if any(any(example.targets) for example in examples):
+        figures = fidelity(pair, examples, divergence=run.validation.divergence, batch_size=run.train.micro_batch_size)
+        result["scores"] |= {name: summary([value]) for name, value in figures.items()}
     return result
+
+
+def metrics_of(run: Run) -> Sequence[str]:
+    """The metrics on texts that the run is scored by: its own choice, or its task's."""
+    return run.evaluation.metrics or run.data.spec.metrics or DEFAULT
 
 
 def measure(run: Run, models: Models, examples: Sequence[Example]) -> dict[str, float]:
@@ -60,6 +77,14 @@ def measure(run: Run, models: Models, examples: Sequence[Example]) -> dict[str, 
 def _reads_as(models: Models, model: PreTrainedModel) -> Literal["student", "teacher"]:
     """The teacher may have more to read than the student."""
     return "teacher" if model is models.teacher else "student"
+
+
+def _as_the_teacher_reads(example: Example) -> Example:
+    context = example.teacher_context
+    if context is None:
+        return example
+    tokens, targets = context + example.response, [False] * len(context) + example.targets[example.start :]
+    return replace(example, tokens=tokens, targets=targets, teacher_context=None)
 
 
 def answers(run: Run, models: Models, model: PreTrainedModel, examples: Sequence[Example]) -> list[str]:

@@ -1,6 +1,6 @@
 """What the small commands do: score a model, answer prompts, shrink a teacher, train a tokenizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ from .assess import answers, assess
 from .checkpoint import written_aside
 from .config import Run
 from .data import all_texts
-from .data_settings import Data
+from .data_settings import Data, Source
 from .display import Display
 from .errors import ConfigError, DataError
 from .evaluation import Result
@@ -22,32 +22,52 @@ from .tasks import CHAT
 from .vocabulary import train_tokenizer
 
 
-def score(run: Run, data: str) -> Result:
-    """Score the run's student on the rows of ``data``, with the run's task, decoding, seeds and limit."""
+def score(run: Run, data: Mapping[str, str], system: Literal["student", "teacher"] = "student") -> Iterator[Result]:
+    """Score a model of the run on each of ``data``, by name, as the run's settings say.
+
+    All files are read before the models are, which are loaded once.
+
+    Raises:
+        ConfigError: there is no such model, or a row does not fit it.
+        DataError: a file cannot be read, or a row has no reference.
+    """
     display = Display()
-    source = placed(run.data, data, "test")
-    read = read_source(run.data, source)[: run.evaluation.limit]
+    if system == "teacher" and run.teacher is None:
+        raise ConfigError("the run has no teacher to score")
+    sources = {name: placed(run.data, given, "test") for name, given in data.items()}
+    read = {name: read_source(run.data, source)[: run.evaluation.limit] for name, source in sources.items()}
+    for name, found in read.items():
+        _check_references(run.data, sources[name], found)
     models = assembly.load_models(run, assembly.make_accelerator(run), display.note)
-    rows = tokenised(_fitting(run, models), source, read, models, display.note)
-    bare = next((row for row, references in rows.references.items() if not references), None)
-    if bare is not None:
-        raise DataError(
-            f"{bare} has no reference to score against: no field '{task_of(run.data, source).answer}'. Add one to "
-            f"every row, or let the model answer without scores: distillm generate MODEL --file {data}"
-        )
-    check_room(models, rows.examples, run.generation.max_new_tokens)
+    model = models.student if system == "student" else models.teacher
+    assert model is not None
+    fitting = _fitting(run, models)
+    rows = {name: tokenised(fitting, sources[name], found, models, display.note) for name, found in read.items()}
+    for found in rows.values():
+        check_room(models, found.examples, run.generation.max_new_tokens)
     seeds = seeds_used(run.evaluation.seeds, assembly.make_sampling(run, run.evaluation.temperature))
-    total = len(rows.examples) * len(seeds)
-    with display.phase(f"score on {Path(data).stem}", total) as advance:
-        return assess(
-            run,
-            models,
-            models.student,
-            rows,
-            seeds=seeds,
-            batch_size=run.evaluation.batch_size,
-            progress=lambda done, _: advance(done),
-        )
+    for name, found in rows.items():
+        with display.phase(f"score on {name}", len(found.examples) * len(seeds)) as advance:
+            yield assess(
+                run,
+                models,
+                model,
+                found,
+                seeds=seeds,
+                batch_size=run.evaluation.batch_size,
+                progress=lambda done, _, advance=advance: advance(done),
+            )
+
+
+def _check_references(data: Data, source: Source, rows: Sequence[Mapping[str, Any]]) -> None:
+    task = task_of(data, source)
+    for i, row in enumerate(rows):
+        row_id = f"{Path(source.path).stem}:{i}"
+        if not task.references(row, row_id=row_id):
+            raise DataError(
+                f"{row_id} has no reference to score against: no field '{task.answer}'. Add one to every row, or let "
+                f"the model answer without scores: distillm generate MODEL --file {source.path}"
+            )
 
 
 def _fitting(run: Run, models: assembly.Models) -> Data:
@@ -110,11 +130,17 @@ def must_be_free(target: Path) -> None:
         raise ConfigError(f"{target} is there already and not empty; choose another folder, or delete it")
 
 
-def shrink_to(teacher: str, target: Path, layers: int | list[int], trust_remote_code: bool) -> str:
+def shrink_to(
+    teacher: str,
+    target: Path,
+    layers: int | list[int],
+    decoder_layers: int | list[int] | None = None,
+    trust_remote_code: bool = False,
+) -> str:
     """Write a student made of some of the teacher's layers to ``target``; returns what was done."""
     must_be_free(target)
     model = load_model(teacher, device="cpu", trust_remote_code=trust_remote_code)
-    student = shrunk(model, layers)
+    student = shrunk(model, layers, decoder_layers=decoder_layers)
     with written_aside(target) as scratch:
         save_model(student, load_tokenizer(teacher, trust_remote_code=trust_remote_code), scratch)
     before, after = (parameter_count(num_parameters(each)) for each in (model, student))

@@ -30,6 +30,8 @@ from .method_settings import (
 
 Decay = Annotated[float, Field(ge=0, lt=1), Number]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Overlap = Literal["rouge_1", "rouge_2", "rouge_l", "rouge_lsum", "bleu", "chrf", "ter"]
+MetricName = Literal[Overlap, "exact_match", "distinct_1", "distinct_2", "repetition", "length_ratio"]
 
 
 class Model(Section):
@@ -214,6 +216,8 @@ class Evaluation(Section):
     """Score only the first rows."""
     temperature: NonNegativeFloat | None = None
     """Instead of generation.temperature; selection by rouge_l uses the same."""
+    metrics: Annotated[list[MetricName], Field(min_length=1)] | None = None
+    """What answers are scored by, see docs/evaluation.md; the task's own unless set (rouge_l and exact_match)."""
     compare: list[Literal["before", "teacher"]] = ["before", "teacher"]
     """What is scored besides: the student as it was before training, and the teacher."""
 

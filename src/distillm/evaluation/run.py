@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import DataError
 from ..generation import Sampling, generate, truncated
 from ..types import Example, Layout, Origin
-from .metrics import score_texts, summary
+from .metrics import DEFAULT, known, score_texts, signatures, summaries
 
 Result = dict[str, Any]
 """What is written to ``eval/NAME.json``; see docs/architecture.md."""
@@ -31,18 +31,21 @@ def evaluate(
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
     origin: Origin = "student",
+    metrics: Sequence[str] = DEFAULT,
 ) -> Result:
     """Let ``model`` answer ``examples`` once per seed and score the answers against ``references``.
 
     ``references`` and ``prompts`` are by row id; a prompt is kept beside its answers as the user wrote it.
     Scores are means over rows; their spread is over the decoding seeds, so a greedy decoding has none and is run once.
     ``progress`` is called with the rows done and the rows in all. ``origin`` "teacher" reads what the teacher reads.
+    ``metrics`` are names of ``METRICS``; the number of tokens, and how many answers were cut, are always told.
     """
+    metrics = known(metrics)
     if not examples:
         raise DataError("there are no rows to evaluate")
     seeds = seeds_used(seeds, sampling)
     texts: list[list[str]] = []
-    scores: dict[str, list[float]] = {}
+    per_seed: list[dict[str, float]] = []
     wanted = [references[example.id] for example in examples]
     for number, seed in enumerate(seeds):
         base, total = number * len(examples), len(seeds) * len(examples)
@@ -59,16 +62,16 @@ def evaluate(
             progress=None if progress is None else lambda done, base=base, total=total: progress(base + done, total),
         )
         texts.append(decode(tokenizer, answers))
-        found = score_texts(texts[-1], wanted)
+        found = score_texts(texts[-1], wanted, metrics)
         found["response_tokens"] = statistics.fmean(len(a.response) for a in answers)
         found["truncated"] = 100 * statistics.fmean(truncated(a, end_ids) for a in answers)
-        for name, value in found.items():
-            scores.setdefault(name, []).append(value)
+        per_seed.append(found)
     return {
         "num_rows": len(examples),
         "seeds": list(seeds),
         "decoding": asdict(sampling),
-        "scores": {name: summary(values) for name, values in scores.items()},
+        "scores": summaries(per_seed),
+        **_signed(wanted, metrics),
         "predictions": [
             {
                 "id": example.id,
@@ -91,14 +94,21 @@ def decode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> l
     return [cast(str, tokenizer.decode(e.response, skip_special_tokens=True)).strip() for e in examples]
 
 
-def score_predictions(rows: Sequence[Mapping[str, Any]], source: str) -> Result:
+def _signed(references: Sequence[Sequence[str]], metrics: Sequence[str]) -> Result:
+    made = signatures(references, metrics)
+    return {"signatures": made} if made else {}
+
+
+def score_predictions(rows: Sequence[Mapping[str, Any]], source: str, metrics: Sequence[str] = DEFAULT) -> Result:
     """Score given texts: rows with ``prediction`` (a text, or one per seed) and ``references`` (a text or several).
 
     ``predictions`` and ``output`` are taken as other names for the two.
 
     Raises:
+        ConfigError: one of ``metrics`` is not known.
         DataError: a row lacks one of the two, has no reference, or another number of predictions than the first.
     """
+    metrics = known(metrics)
     predictions = [_texts(row, ("prediction", "predictions"), source, i) for i, row in enumerate(rows)]
     references = [_texts(row, ("references", "reference", "output"), source, i) for i, row in enumerate(rows)]
     seeds = len(predictions[0]) if predictions else 0
@@ -107,11 +117,12 @@ def score_predictions(rows: Sequence[Mapping[str, Any]], source: str) -> Result:
             raise DataError(f"{source}, row {i}: {len(given)} predictions, where the first row has {seeds}")
     if not seeds:
         raise DataError(f"{source}: there is nothing to score")
-    per_seed = [score_texts([given[s] for given in predictions], references) for s in range(seeds)]
+    per_seed = [score_texts([given[s] for given in predictions], references, metrics) for s in range(seeds)]
     return {
         "num_rows": len(rows),
         "seeds": list(range(seeds)),
-        "scores": {name: summary([scores[name] for scores in per_seed]) for name in per_seed[0]},
+        "scores": summaries(per_seed),
+        **_signed(references, metrics),
         "predictions": [
             {"id": str(row.get("id", f"{source}:{i}")), "references": references[i], "predictions": predictions[i]}
             for i, row in enumerate(rows)

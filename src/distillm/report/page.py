@@ -26,7 +26,8 @@ from .charts import (
     step_table,
     validation_table,
 )
-from .compare import rows_of, table_cells
+from .compare import rows_of
+from .formats import table_cells
 from .read import Record, RunFolder, Scores, read_runs
 from .text import (
     SYSTEM_NAMES,

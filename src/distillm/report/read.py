@@ -33,6 +33,7 @@ class Scores:
     num_rows: int | None = None
     seeds: list[int] = field(default_factory=list[int])
     decoding: Record = field(default_factory=dict[str, Any])
+    path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _read_run(path: Path) -> RunFolder:
         validations=validations,
         events=events,
         samples=[row for row in _read_lines(path / "samples.jsonl", notes) if _has_step(row) and "id" in row],
-        scores=_read_scores(path / "eval", notes),
+        scores=_read_scores(sorted((path / "eval").glob("*.json")), notes),
         has_student=(path / "student").is_dir(),
         notes=notes,
     )
@@ -148,7 +149,40 @@ def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
     """Read several run folders, with names that tell them apart; ``DataError`` where none is given or one is no run."""
     if not paths:
         raise DataError("no run folder given: name at least one folder that `distillm train` wrote")
-    runs = [read_run(Path(path)) for path in paths]
+    return _named([read_run(Path(path)) for path in paths])
+
+
+def read_systems(paths: Sequence[Path]) -> list[RunFolder]:
+    """As ``read_runs``, but a path may also be a file of scores, which is taken for a run that has nothing else."""
+    if any(path.is_file() and path.suffix == ".json" for path in paths):
+        return _named([_read_alone(path) if path.suffix == ".json" else read_run(path) for path in paths])
+    return read_runs(paths)
+
+
+def _read_alone(path: Path) -> RunFolder:
+    notes: list[str] = []
+    try:
+        scores = _read_scores([path], notes)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not scores:
+        raise DataError(f"{path} holds no scores as `distillm eval` writes them. {' '.join(notes)}")
+    return RunFolder(
+        path=path,
+        name=path.stem,
+        config={},
+        config_text="",
+        steps=[],
+        validations=[],
+        events=[],
+        samples=[],
+        scores=scores,
+        has_student=False,
+        notes=notes,
+    )
+
+
+def _named(runs: list[RunFolder]) -> list[RunFolder]:
     names = [run.name for run in runs]
     labels: list[str] = []
     for run in runs:
@@ -222,9 +256,9 @@ def _by_step(records: list[Record]) -> list[Record]:
     return [last[step] for step in sorted(last)]
 
 
-def _read_scores(folder: Path, notes: list[str]) -> list[Scores]:
+def _read_scores(paths: Sequence[Path], notes: list[str]) -> list[Scores]:
     found: list[Scores] = []
-    for path in sorted(folder.glob("*.json")):
+    for path in paths:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -243,6 +277,7 @@ def _read_scores(folder: Path, notes: list[str]) -> list[Scores]:
                 num_rows=None if rows is None else int(rows),
                 seeds=[seed for seed in seeds if isinstance(seed, int)] if isinstance(seeds, list) else [],
                 decoding=mapping(record, "decoding"),
+                path=path,
             )
         )
     # What was before comes first, the distilled student and its teacher last.

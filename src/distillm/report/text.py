@@ -9,9 +9,22 @@ from typing import Any
 from .read import RunFolder, Score, Scores, mapping, number_in
 
 SCORE_NAMES = {
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
     "rouge_l": "ROUGE-L",
+    "rouge_lsum": "ROUGE-Lsum",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "ter": "TER",
+    "distinct_1": "Distinct-1",
+    "distinct_2": "Distinct-2",
+    "repetition": "Repetition",
+    "length_ratio": "Length ratio",
     "exact_match": "Exact match",
     "divergence": "Divergence (nats/token)",
+    "agreement": "Top-1 agreement",
+    "perplexity": "Perplexity",
+    "calibration_error": "Calibration error",
     "response_tokens": "Response length (tokens)",
     "truncated": "Cut by length",
 }
@@ -34,8 +47,8 @@ def number(value: float | None) -> str:
 
 
 def decimals(name: str) -> int:
-    """Decimals that suit a score: divergences live between 0 and 10, the others between 0 and 100."""
-    return 3 if name == "divergence" else 2
+    """Decimals that suit a score: divergences live between 0 and 10, most others between 0 and 100."""
+    return 3 if name in ("divergence", "length_ratio") else 2
 
 
 def mean_std(name: str, score: Score | None) -> str:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import ConfigError, JudgeError, first_of
+from ..errors import ConfigError, JudgeError, first_of
 
 FIXED = ("model", "messages", "stream", "n")
 """Fields of a request that ``--body`` must leave alone."""
@@ -73,9 +73,9 @@ def judge(
     The score is 100 * sum(grades of the answers) / sum(grades of the references). Pairs are asked in both orders.
     What was answered is kept: after an interruption the same command goes on, and nothing is paid for twice.
     """
-    from .judge.client import Server, endpoint, require_httpx
-    from .judge.prompts import load_template
-    from .judge.scoring import Judge
+    from ..judge.client import Server, endpoint, require_httpx
+    from ..judge.prompts import load_template
+    from ..judge.scoring import Judge
 
     require_httpx()
     endpoint(server)
@@ -132,12 +132,12 @@ class _Asked:
 
 def _run(asked: _Asked, target: Path, cached: Path) -> tuple[dict[str, Any], int]:
     """Judge, write ``target``, and return what was written and how many are in no score."""
-    from .display import Display
-    from .judge.asking import ask
-    from .judge.cache import Cache
-    from .judge.client import Usage
-    from .judge.scoring import read_answers, score_pairs, score_single, seeds_chosen
-    from .writing import make_folder_of, write_text
+    from ..display import Display
+    from ..judge.asking import ask
+    from ..judge.cache import Cache
+    from ..judge.client import Usage
+    from ..judge.scoring import read_answers, score_pairs, score_single, seeds_chosen
+    from ..writing import make_folder_of, write_text
 
     answers = read_answers(asked.source, asked.limit)
     against = None if asked.against is None else read_answers(asked.against, asked.limit)

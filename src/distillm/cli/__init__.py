@@ -1,0 +1,84 @@
+"""The command line. Heavy modules are imported inside the commands, so that help is quick."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import DistillmError
+from ..listing import datasets
+from .judge import judge
+from .make import recipes_app, schema, shrink, tokenizer
+from .score import evaluate_command, generate
+from .show import analyse, compare, report
+from .train import demo, sweep, train
+
+EXIT_CODES = """
+Exit codes: 0 done · 1 a defect of distillm (with a traceback; please report it) · 2 a setting, file or model cannot be
+used · 3 training diverged · 4 a file could not be written or read back · 5 judging is incomplete · 130 stopped by
+Ctrl-C.
+"""
+
+app = typer.Typer(
+    name="distillm",
+    help="Distil a large language model into a small one.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    rich_markup_mode=None,
+)
+
+# Every command, in the order of the help. A new one: write it in the file of its topic, or in a file of its own.
+app.command("train")(train)
+app.command("sweep")(sweep)
+app.command("eval")(evaluate_command)
+app.command("generate")(generate)
+app.command("judge")(judge)
+app.command("compare")(compare)
+app.command("report")(report)
+app.command("analyse")(analyse)
+app.command("shrink")(shrink)
+app.command("tokenizer")(tokenizer)
+app.command("datasets")(datasets)
+app.command("schema")(schema)
+app.command("demo")(demo)
+app.add_typer(recipes_app, name="recipes")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"distillm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is said without a traceback."""
+    # Read by GNU's OpenMP when torch is loaded. Its threads spin for milliseconds at each barrier: beside one
+    # busy program on two cores that makes a pass several times slower, and idle ones gain nothing (docs/log.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    try:
+        app()
+    except DistillmError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if "OutOfMemoryError" not in type(error).__name__:
+            raise
+        typer.echo(
+            "error: out of memory. Lower train.micro_batch_size, and generation.batch_size and evaluation.batch_size "
+            "(--batch-size of distillm eval) if it ran out while generating; the result stays the same.",
+            err=True,
+        )
+        sys.exit(2)

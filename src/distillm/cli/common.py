@@ -1,0 +1,112 @@
+"""What several commands share: options, a run made of them, files, tables."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ..config import Run, make_run, read_yaml
+from ..errors import ConfigError, DataError, StorageError
+
+if TYPE_CHECKING:
+    from ..report import Row
+
+MaxNew = Annotated[
+    int | None, typer.Option(min=1, help="Longest response, in tokens; a run's own, or 256, unless given.")
+]
+Device = Annotated[str | None, typer.Option(help="auto (cuda, then mps, then cpu), cpu, cuda or mps.")]
+Template = Annotated[str | None, typer.Option(help="alpaca, chat, or a Jinja template; a run's own unless given.")]
+TaskName = Annotated[
+    str | None, typer.Option(help="instruction, summarization, translation, chat or a YAML file; a run's own if any.")
+]
+
+
+def settings_for(source: str, template: str | None, device: str | None, task: str | None = None) -> dict[str, Any]:
+    """The settings of a run folder with its student as it ended, or plain ones for a model.
+
+    The device and the tracker are of the machine that trained, so they are not the run's.
+    """
+    folder = Path(source)
+    if not (folder / "run.yaml").is_file():
+        settings: dict[str, Any] = {"student": {"path": source}, "method": {"name": "sft"}, "data": {}}
+    elif not (folder / "student").is_dir():
+        raise DataError(f"{folder} has no student yet: the run has not ended. Go on with it by resume=auto")
+    else:
+        settings = read_yaml(source)
+        kept = {name: settings["student"][name] for name in ("dtype", "trust_remote_code")}
+        if (settings.get("teacher") or {}).get("adapter_off"):  # the student as it was is the teacher of what it became
+            base = settings["student"]["path"]
+            settings["teacher"] = None if base is None else {"path": base, **kept}
+            settings |= {} if base else {"method": {"name": "sft"}}
+        settings["student"] = {"path": str(folder / "student"), **kept}
+    settings |= {"device": device or "auto", "tracker": "none"}
+    if task is not None:  # what belongs to another task means nothing to it
+        for name in ("template", "fields", "variables"):
+            settings["data"].pop(name, None)
+        settings["data"]["task"] = task
+    if template is not None:
+        settings["data"]["template"] = template
+        if template != "chat":
+            settings["data"] |= {"system": None, "teacher_system": None}
+    return settings
+
+
+def run_with(settings: dict[str, Any], source: str, changes: dict[str, dict[str, Any]]) -> Run:
+    """``settings`` as a run, with those ``changes`` that are not None."""
+    for section, values in changes.items():
+        settings.setdefault(section, {}).update({name: value for name, value in values.items() if value is not None})
+    return make_run(settings, source=source)
+
+
+def whole_numbers(option: str, text: str | None) -> list[int] | None:
+    """The numbers of ``1,2,3``; ``ConfigError`` naming ``option`` where it is something else."""
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{option} {text}: write whole numbers with commas, such as 0,4,9") from error
+
+
+def make_folder_of(path: Path | None) -> None:
+    """Find out before the work whether its result can be written."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"could not make the folder {path.parent}: {error.strerror}") from error
+    if path.is_dir():
+        raise StorageError(f"{path} is a folder; give the name of a file")
+
+
+def write(path: Path, text: str) -> None:
+    """Write ``text``, whole or not at all."""
+    from ..checkpoint import write_text
+
+    make_folder_of(path)
+    write_text(path, text)
+
+
+def show_comparison(rows: "Sequence[Row]") -> None:
+    """Print the table of runs; what is the same in every row is said once, so that the scores fit a terminal."""
+    from ..report import legend, said_once, table_cells
+
+    header, body, once = said_once(*table_cells(rows))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in header:
+        table.add_column(name)
+    for row in body:
+        table.add_row(*row)
+    console = plain_console()
+    console.print(table)
+    for line in (" · ".join(once), *legend(rows)):
+        console.print(line, highlight=False)
+
+
+def plain_console() -> Console:
+    """A console as wide as the terminal; in a file or a pipe nothing is squeezed. [Brackets] are no marks."""
+    console = Console(markup=False)
+    return console if console.is_terminal else Console(markup=False, width=200)

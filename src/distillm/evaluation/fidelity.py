@@ -1,0 +1,85 @@
+"""What a model's probabilities say at the reference tokens: perplexity, calibration, nearness to a teacher."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..divergences import DIVERGENCES
+from ..errors import DataError
+from ..heads import eval_mode
+from ..kernels import logits
+from ..scoring import Pair
+from ..train import micro_batches
+from ..types import Example, Head, State
+
+NUM_BINS = 15
+BLOCK_ELEMENTS = 2**24
+"""Logits formed at a time: rows of a vocabulary go through in blocks of so many numbers, 64 MiB in float32."""
+
+
+def fidelity(
+    pair: Pair, examples: Sequence[Example], *, divergence: str = "forward_kl", batch_size: int = 8
+) -> dict[str, float]:
+    """Figures of the student, each a mean over the N target tokens of ``examples``, which it reads as they are.
+
+    ``perplexity``: ``exp`` of the mean cross-entropy. ``calibration_error``: with q the student's probability of its
+    likeliest token, in 15 bins of equal width, ``100 sum_b n_b / N |share of q's tokens that are right - mean q|``
+    (Naeini et al. 2015; Guo et al. 2017). With a teacher in ``pair``: ``divergence``, the mean of the divergence of
+    that name in nats, with its default parameters; ``agreement``: 100 times the share of tokens where both models'
+    likeliest token is the same (of equally likely ones the first).
+
+    Raises:
+        DataError: no row has a target token.
+    """
+    count, sums = 0, dict.fromkeys(("cross_entropy", "divergence", "agreement"), 0.0)
+    bins = torch.zeros(3, NUM_BINS, dtype=torch.float64)  # tokens, sum of probabilities, right ones
+    with torch.no_grad(), eval_mode(pair.student):
+        for part in micro_batches([e for e in examples if any(e.targets)], batch_size):
+            scored = pair.score(part, State(), with_teacher=pair.teacher is not None)
+            count += len(scored.labels)
+            for rows in _blocks(scored.student):
+                q, labels = _log_probs(scored.student, rows), scored.labels[rows]
+                sums["cross_entropy"] -= _sum(q.gather(-1, labels[:, None]))
+                top, likeliest = q.max(-1)
+                bins += _binned(top.exp(), likeliest == labels)
+                if scored.teacher is not None:
+                    p = _log_probs(scored.teacher, rows)
+                    sums["divergence"] += _sum(DIVERGENCES[divergence](p, q))
+                    sums["agreement"] += 100 * _sum(p.argmax(-1) == likeliest)
+    if not count:
+        raise DataError("there is nothing to read: no row has a reference")
+    means = {name: total / count for name, total in sums.items()}
+    cross_entropy = means.pop("cross_entropy")
+    found = means if pair.teacher is not None else {}
+    perplexity = math.exp(cross_entropy) if cross_entropy < 700 else math.inf
+    return found | {"perplexity": perplexity, "calibration_error": calibration_error(bins)}
+
+
+def calibration_error(bins: Tensor) -> float:
+    """Times 100, from the tokens of each bin, their probabilities' sum, and how many were right: ``[3, bins]``."""
+    count, confidence, right = bins
+    return 100 * float((right - confidence).abs().sum() / count.sum())
+
+
+def _binned(confidence: Tensor, right: Tensor) -> Tensor:
+    """Bin b of B holds the probabilities in ``(b / B, (b + 1) / B]``."""
+    place = ((confidence.double() * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)
+    columns = torch.stack([torch.ones_like(confidence), confidence, right]).double()
+    bins = torch.zeros(3, NUM_BINS, dtype=torch.float64, device=confidence.device)
+    return bins.index_add_(1, place, columns).cpu()
+
+
+def _blocks(head: Head) -> Iterator[slice]:
+    num_rows, num_tokens = len(head.hidden), (head.hidden if head.weight is None else head.weight.T).shape[-1]
+    size = max(1, BLOCK_ELEMENTS // num_tokens)
+    return (slice(first, first + size) for first in range(0, num_rows, size))
+
+
+def _log_probs(head: Head, rows: slice) -> Tensor:
+    return logits(head._replace(hidden=head.hidden[rows])).log_softmax(-1)
+
+
+def _sum(values: Tensor) -> float:
+    return float(values.sum(dtype=torch.float64))
