@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from distillm.assess import _as_the_teacher_reads
 from distillm.divergences import forward_kl, reverse_kl
 from distillm.errors import DataError
 from distillm.evaluation.fidelity import fidelity
@@ -107,3 +108,10 @@ def test_figures_token_by_token_in_any_portions(monkeypatch: pytest.MonkeyPatch,
 def test_nothing_to_read_is_an_error():
     with pytest.raises(DataError, match="no row has a reference"):
         fidelity(tiny_pair(), [row(0, 3, 0)])
+
+
+def test_the_teacher_itself_is_read_with_its_own_context():
+    given = Example("a", [5, 6, 7, 8, 9], [False, False, True, False, True], teacher_context=[3])
+    read = _as_the_teacher_reads(given)
+    assert (read.tokens, read.targets, read.teacher_context) == ([3, 7, 8, 9], [False, True, False, True], None)
+    assert _as_the_teacher_reads(replace(given, teacher_context=None)).tokens == given.tokens
