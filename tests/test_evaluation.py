@@ -143,7 +143,13 @@ def references(examples: list[Example]) -> dict[str, list[str]]:
 def scored(
     model: Any, tokenizer: Any, examples: list[Example], sampling: Sampling, seeds: list[int], **more: Any
 ) -> Any:
-    settings: dict[str, Any] = {"end_ids": END, "num_tokens": len(tokenizer), "batch_size": 3, **more}
+    settings: dict[str, Any] = {
+        "layout": Layout(0),
+        "end_ids": END,
+        "num_tokens": len(tokenizer),
+        "batch_size": 3,
+        **more,
+    }
     prompts = {example.id: f"asked {example.id}" for example in examples}
     return evaluate(model, tokenizer, examples, references(examples), prompts, sampling, seeds, **settings)
 
