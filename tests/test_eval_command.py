@@ -90,6 +90,28 @@ def test_several_data_sets_go_to_the_folder_that_is_named(made: Path, tmp_path: 
     assert "holds scores already" in refused("eval", made / "student", *data(made, "test", "more"), "--output", target)
 
 
+def test_data_sets_are_named_by_the_user_or_known_by_name(made: Path, tmp_path: Path):
+    for name in ("dolly", "vicuna"):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "test.jsonl", rows(2, 30 if name == "dolly" else 50))
+    target = tmp_path / "scores"
+    asked = [
+        "--data",
+        "dolly",
+        "--data",
+        f"own={tmp_path / 'vicuna' / 'test.jsonl'}",
+        "--data",
+        f"other={made / 'test.jsonl'}",
+    ]
+    done("eval", made / "student", *asked, "--folder", tmp_path, *TEMPLATE, "--output", target)
+    found = {path.name: json.loads(path.read_text()) for path in target.iterdir()}
+    assert {name: (result["data"], result["num_rows"]) for name, result in found.items()} == {
+        "dolly-student.json": ("dolly", 2),
+        "own-student.json": ("own", 2),
+        "other-student.json": ("other", 3),
+    }
+
+
 def test_the_teacher_of_a_run_is_scored_on_request(made: Path, run: Path):
     done("eval", run, *data(made, "test"), "--system", "teacher", "--seeds", 1)
     (result,) = scores(run).values()
