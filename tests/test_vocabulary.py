@@ -145,6 +145,12 @@ def test_unigram_keeps_to_its_size_or_says_what_it_needs(size: int, texts: list[
         assert len(train_tokenizer(texts, model="unigram", size=size)) <= size
 
 
+def test_a_unigram_without_room_does_not_train_for_ever() -> None:
+    texts = ["agfgdd", "\néa\ngbfaa", "agfgdd", "\néa\ngbfaa", "agfgdd"]  # on which the trainer itself does not end
+    with pytest.raises(DataError, match="need at least 12"):
+        train_tokenizer(texts, model="unigram", size=8)
+
+
 def test_sizes_too_small_say_what_is_needed() -> None:
     with pytest.raises(DataError, match="bpe tokenizer of 258 tokens is too small: it needs at least 259"):
         train_tokenizer(SENTENCES, size=258)

@@ -117,21 +117,8 @@ def train_tokenizer(
     if first is None:
         raise DataError("there is no text to learn a tokenizer from: the texts are empty")
     tokenizer, trainer = _MODELS[model](size)
-    seen = set(" ")
-    failure = None
-    try:
-        tokenizer.train_from_iterator(_noting(chain([first], written), seen), trainer)
-    except Exception as error:
-        if "not large enough" not in str(error):  # the trainer raises nothing more specific
-            raise
-        failure = error
-    # One more than the characters, or else the Unigram trainer exceeds the size it is given.
-    if model == "unigram" and size < (smallest := len(_SPECIAL) + len(seen) + 1):
-        raise DataError(
-            f"a unigram tokenizer of {size} tokens is too small: the characters of these texts need at least {smallest}"
-        ) from failure
-    if failure is not None:
-        raise failure
+    texts = chain([first], written)
+    tokenizer.train_from_iterator(_with_room(texts, size) if model == "unigram" else texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -143,11 +130,21 @@ def train_tokenizer(
     )
 
 
-def _noting(texts: Iterable[str], seen: set[str]) -> Iterator[str]:
-    """``texts`` as they are, their characters gathered on the way, so that a stream is read once."""
+def _with_room(texts: Iterable[str], size: int) -> Iterator[str]:
+    """``texts``, read once; at their end DataError where a unigram of ``size`` cannot hold their characters.
+
+    The trainer reads all of them before it begins, and where there is no room it may never end.
+    """
+    seen = set(" ")
     for text in texts:
         seen.update(text)
         yield text
+    # One more than the characters, or else the trainer exceeds the size it is given.
+    smallest = len(_SPECIAL) + len(seen) + 1
+    if size < smallest:
+        raise DataError(
+            f"a unigram tokenizer of {size} tokens is too small: the characters of these texts need at least {smallest}"
+        )
 
 
 def _byte_level_bpe(size: int) -> tuple[Any, Any]:
