@@ -63,6 +63,7 @@ def _check_references(data: Data, source: Source, rows: Sequence[Mapping[str, An
     task = task_of(data, source)
     for i, row in enumerate(rows):
         row_id = f"{Path(source.path).stem}:{i}"
+        task.user_text(row, row_id=row_id)  # which names a field that the task needs
         if not task.references(row, row_id=row_id):
             raise DataError(
                 f"{row_id} has no reference to score against: no field '{task.answer}'. Add one to every row, or let "
