@@ -21,13 +21,13 @@ from distillm.checkpoint import (
     save_checkpoint,
     step_of,
     sweep,
-    write_text,
     written_aside,
 )
 from distillm.errors import StorageError
 from distillm.sources import ReplayBuffer
 from distillm.train import parameter_groups
 from distillm.types import Example, State
+from distillm.writing import write_text
 from tiny import tiny_causal
 
 ROWS = [

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from distillm.assess import _as_the_teacher_reads
 from distillm.divergences import forward_kl, reverse_kl
 from distillm.errors import DataError
 from distillm.evaluation.fidelity import fidelity
 from distillm.scoring import Pair
-from distillm.types import Batch, Example, Head, Layout
+from distillm.types import Batch, Example, Head, Layout, as_teacher_reads
 from rows import NUM_TOKENS, row, tiny_pair
 
 FIGURES = {"divergence", "agreement", "perplexity", "calibration_error"}
@@ -112,6 +111,6 @@ def test_nothing_to_read_is_an_error():
 
 def test_the_teacher_itself_is_read_with_its_own_context():
     given = Example("a", [5, 6, 7, 8, 9], [False, False, True, False, True], teacher_context=[3])
-    read = _as_the_teacher_reads(given)
+    read = as_teacher_reads(given)
     assert (read.tokens, read.targets, read.teacher_context) == ([3, 7, 8, 9], [False, True, False, True], None)
-    assert _as_the_teacher_reads(replace(given, teacher_context=None)).tokens == given.tokens
+    assert as_teacher_reads(replace(given, teacher_context=None)).tokens == given.tokens

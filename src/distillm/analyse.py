@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import theory
-from .checkpoint import list_checkpoints, load_student, step_of, write_text
+from .checkpoint import list_checkpoints, load_student, step_of
 from .config import Run, load_run
 from .display import Display
 from .errors import ConfigError
@@ -21,6 +21,7 @@ from .project import Project, build
 from .sources import dataset
 from .train import micro_batches
 from .types import State
+from .writing import write_text
 
 ALPHAS = (0.0, 0.001, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9)
 SAMPLES = (10, 30, 100, 300, 1000)

@@ -8,13 +8,13 @@ from transformers import PreTrainedModel
 
 from .assembly import Models, make_sampling
 from .config import Run
-from .evaluation import DEFAULT, Result, evaluate, summary
+from .evaluation import Result, evaluate, summary
 from .evaluation.fidelity import fidelity
 from .evaluation.run import decode
 from .generation import generate
 from .rows import Rows
 from .train import validate
-from .types import Example, State
+from .types import Example, State, as_teacher_reads
 
 
 def assess(
@@ -51,7 +51,7 @@ def assess(
     if model is models.teacher:
         assert pair.read_teacher is not None
         pair = replace(pair, student=model, read_student=pair.read_teacher, teacher=None, read_teacher=None)
-        examples = [_as_the_teacher_reads(example) for example in examples]
+        examples = [as_teacher_reads(example) for example in examples]
     if any(any(example.targets) for example in examples):
         figures = fidelity(pair, examples, divergence=run.validation.divergence, batch_size=run.train.micro_batch_size)
         result["scores"] |= {name: summary([value]) for name, value in figures.items()}
@@ -60,7 +60,7 @@ def assess(
 
 def metrics_of(run: Run) -> Sequence[str]:
     """The metrics on texts that the run is scored by: its own choice, or its task's."""
-    return run.evaluation.metrics or run.data.spec.metrics or DEFAULT
+    return run.evaluation.metrics or run.data.spec.metrics
 
 
 def measure(run: Run, models: Models, examples: Sequence[Example]) -> dict[str, float]:
@@ -77,14 +77,6 @@ def measure(run: Run, models: Models, examples: Sequence[Example]) -> dict[str, 
 def _reads_as(models: Models, model: PreTrainedModel) -> Literal["student", "teacher"]:
     """The teacher may have more to read than the student."""
     return "teacher" if model is models.teacher else "student"
-
-
-def _as_the_teacher_reads(example: Example) -> Example:
-    context = example.teacher_context
-    if context is None:
-        return example
-    tokens, targets = context + example.response, [False] * len(context) + example.targets[example.start :]
-    return replace(example, tokens=tokens, targets=targets, teacher_context=None)
 
 
 def answers(run: Run, models: Models, model: PreTrainedModel, examples: Sequence[Example]) -> list[str]:

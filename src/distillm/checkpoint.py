@@ -21,7 +21,6 @@ from .errors import StorageError
 from .sources import ReplayBuffer
 from .types import Example, State
 from .writing import flush
-from .writing import write_text as write_text
 
 _NAME = re.compile(r"step-(\d{8})")
 

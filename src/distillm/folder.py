@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import list_checkpoints, remove, sweep, write_text
+from .checkpoint import list_checkpoints, remove, sweep
 from .errors import ConfigError, StorageError
+from .writing import write_text
 
 
 class RunFolder:

@@ -83,10 +83,7 @@ class _Mix:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         new = input_ids if self.cache is None else input_ids[:, -1:]
-        mask_name = self.answering.replace("input_ids", "attention_mask")
-        mask = self.inputs[mask_name]
-        mask = torch.cat([mask, mask.new_ones(len(mask), input_ids.shape[1] - mask.shape[1])], 1)
-        self.inputs[mask_name] = mask
+        mask = _grow_mask(self.inputs, self.answering, input_ids.shape[1])
         if self.answering == "input_ids":
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
             self.inputs |= {"position_ids": positions, "logits_to_keep": 1}
@@ -286,10 +283,7 @@ def _written(
                 responses[row] = ids[choose.begin :]
         rows = (~done).nonzero().squeeze(-1)
         inputs = _rows_of(inputs | {answering: out.sequences}, rows)
-        mask_name = answering.replace("input_ids", "attention_mask")
-        mask = inputs[mask_name]
-        grown = out.sequences.shape[1] - mask.shape[1]
-        inputs[mask_name] = torch.cat([mask, mask.new_ones(len(mask), grown)], 1)
+        _grow_mask(inputs, answering, out.sequences.shape[1])
         if len(rows):
             out.past_key_values.reorder_cache(rows)
             inputs["past_key_values"] = out.past_key_values
@@ -306,6 +300,14 @@ def _encoded(model: PreTrainedModel, given: dict[str, Tensor]) -> tuple[dict[str
     said: Any = cast(Any, model).get_encoder()(**read)
     inputs = {name: value for name, value in given.items() if name != "input_ids"}
     return inputs | {"encoder_outputs": BaseModelOutput(last_hidden_state=said.last_hidden_state)}, "decoder_input_ids"
+
+
+def _grow_mask(inputs: dict[str, Any], answering: str, length: int) -> Tensor:
+    """Let the mask of the ids ``answering`` in ``inputs`` cover ``length`` positions; returns it."""
+    name = answering.replace("input_ids", "attention_mask")
+    mask: Tensor = inputs[name]
+    inputs[name] = torch.cat([mask, mask.new_ones(len(mask), length - mask.shape[1])], 1)
+    return inputs[name]
 
 
 def _rows_of(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:

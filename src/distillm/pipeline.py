@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .assembly import make_sampling
 from .assess import answers, assess
-from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of, write_text
+from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of
 from .config import Run, as_yaml, changed, read_yaml
 from .display import Display
 from .errors import Interrupted, TrainingError
@@ -23,6 +23,7 @@ from .project import Project, build, save_student, training, unless_stopped, val
 from .provenance import provenance
 from .report import write_report
 from .train import Step
+from .writing import write_text
 
 SAMPLED = "samples.jsonl"
 METRICS = "metrics.jsonl"

@@ -13,7 +13,7 @@ from .data_settings import Data, Source, part
 from .errors import ConfigError, DataError, first_of
 from .tasks import CHAT
 from .teacher import Responses
-from .types import Example, last_turn
+from .types import Example, as_teacher_reads, last_turn
 from .vocabulary import turn_end
 
 
@@ -144,9 +144,7 @@ def check_room(models: Models, examples: Sequence[Example], new_tokens: int = 0)
         if not isinstance(room, int):
             continue
         layout = models.pair.layout_for(name)
-        read = examples
-        if name == "teacher":
-            read = [e if e.teacher_context is None else _as_read(e) for e in examples]
+        read = [as_teacher_reads(e) for e in examples] if name == "teacher" else examples
         row = max(read, key=lambda e: layout.longest(e.start, len(e.tokens) - e.start))
         prompt = max(map(last_turn, read), key=lambda e: e.start)
         if layout.longest(row.start, len(row.tokens) - row.start) > room:
@@ -159,12 +157,6 @@ def check_room(models: Models, examples: Sequence[Example], new_tokens: int = 0)
                 f"{prompt.id} has a prompt of {prompt.start} tokens, which with max_new_tokens={new_tokens} is more "
                 f"than the {room} that the {name} reads; lower generation.max_new_tokens or data.max_prompt"
             )
-
-
-def _as_read(example: Example) -> Example:
-    context = example.teacher_context or []
-    tokens = context + example.response
-    return replace(example, tokens=tokens, targets=[False] * len(context) + [True] * len(example.response))
 
 
 def task_of(data: Data, source: Source | None = None) -> Task:

@@ -15,7 +15,6 @@ from typing import Any
 
 from rich.table import Table
 
-from .checkpoint import write_text
 from .config import Run, as_yaml, changed, make_run, read_yaml
 from .display import Display, clock
 from .errors import ConfigError, DistillmError
@@ -23,6 +22,7 @@ from .pipeline import distill
 from .project import build
 from .report import read_run
 from .report.grid import grid, grid_cells, grid_markdown
+from .writing import write_text
 
 _OUTSIDE = re.compile(r""",(?![^\[]*\])(?![^{]*\})""")  # a comma that separates values, not one inside [..] or {..}
 

@@ -50,6 +50,15 @@ class Example:
         return self.tokens[self.start :]
 
 
+def as_teacher_reads(example: Example) -> Example:
+    """``example`` with the teacher's context in place of the student's, where it has one."""
+    context = example.teacher_context
+    if context is None:
+        return example
+    tokens, targets = context + example.response, [False] * len(context) + example.targets[example.start :]
+    return replace(example, tokens=tokens, targets=targets, teacher_context=None)
+
+
 def last_turn(example: Example) -> Example:
     """``example`` with its last response alone as the target: what comes before is the prompt that it answers.
 

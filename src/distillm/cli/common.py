@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import Run, make_run, read_yaml
-from ..errors import ConfigError, DataError, StorageError
+from ..errors import ConfigError, DataError
+from ..writing import make_folder_of, write_text
 
 if TYPE_CHECKING:
     from ..report import Row
@@ -70,22 +71,8 @@ def whole_numbers(option: str, text: str | None) -> list[int] | None:
         raise ConfigError(f"{option} {text}: write whole numbers with commas, such as 0,4,9") from error
 
 
-def make_folder_of(path: Path | None) -> None:
-    """Find out before the work whether its result can be written."""
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"could not make the folder {path.parent}: {error.strerror}") from error
-    if path.is_dir():
-        raise StorageError(f"{path} is a folder; give the name of a file")
-
-
 def write(path: Path, text: str) -> None:
-    """Write ``text``, whole or not at all."""
-    from ..checkpoint import write_text
-
+    """Write ``text``, whole or not at all, in a folder that is made if need be."""
     make_folder_of(path)
     write_text(path, text)
 

@@ -10,12 +10,12 @@ from rich.table import Table
 
 from ..config import Run
 from ..errors import ConfigError
+from ..writing import make_folder_of
 from .common import (
     Device,
     MaxNew,
     TaskName,
     Template,
-    make_folder_of,
     plain_console,
     run_with,
     settings_for,
@@ -98,7 +98,8 @@ def _score_given(predictions: Path, metrics: list[str] | None, output: Path | No
     from ..data import read_rows
     from ..evaluation import DEFAULT, score_predictions
 
-    make_folder_of(output)
+    if output is not None:
+        make_folder_of(output)
     result = score_predictions(read_rows(str(predictions)), predictions.name, metrics or DEFAULT)
     _keep({"data": predictions.stem, "system": "student", "model": None} | result, output)
 
@@ -170,7 +171,8 @@ def generate(
     settings |= {"teacher": None, "method": {"name": "sft"}, "validation": {}}  # only the student is needed
     decoding = {"evaluation": {"seeds": [seed], "temperature": temperature}}
     run = run_with(settings, model, {**decoding, "generation": {"max_new_tokens": max_new_tokens}})
-    make_folder_of(output)
+    if output is not None:
+        make_folder_of(output)
     answers = respond(run, read_rows(file) if file else as_rows(run, prompts or []))
     if output is not None:
         write(output, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))

