@@ -134,6 +134,9 @@ def test_eval_of_a_run_gives_exactly_the_scores_the_run_wrote(made: Path, run: P
     assert {"rouge_l", "exact_match", "response_tokens", "truncated", "divergence"} <= again["scores"].keys()
     for name, score in again["scores"].items():
         assert re.search(rf"{name} .*{score['mean']:.2f}", text)
+    answers, tokens = again["num_rows"] * len(again["seeds"]), again["speed"]["tokens"]
+    assert tokens == pytest.approx(answers * again["scores"]["response_tokens"]["mean"])
+    assert f"decoding: {tokens / again['speed']['seconds']:.0f} tokens/s" in text
 
 
 def test_eval_of_a_run_does_not_depend_on_its_batch_size(made: Path, run: Path, tmp_path: Path):

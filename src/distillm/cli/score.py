@@ -191,6 +191,8 @@ def _keep(result: dict[str, Any], output: Path | None) -> None:
         table.add_row(name, f"{score['mean']:.2f}", f"{score['std']:.2f}")
     console = plain_console()
     console.print(table)
+    if speed := result.get("speed"):
+        console.print(f"decoding: {speed['tokens'] / speed['seconds']:.0f} tokens/s ({speed['seconds']:.1f} s)")
     for name, signature in result.get("signatures", {}).items():
         console.print(f"{name}: {signature}", soft_wrap=True)
     if output is not None:

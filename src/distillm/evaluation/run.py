@@ -1,6 +1,7 @@
 """Score a model, or given predictions, on rows with references."""
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
@@ -47,8 +48,10 @@ def evaluate(
     texts: list[list[str]] = []
     per_seed: list[dict[str, float]] = []
     wanted = [references[example.id] for example in examples]
+    tokens, seconds = 0, 0.0
     for number, seed in enumerate(seeds):
         base, total = number * len(examples), len(seeds) * len(examples)
+        began = time.perf_counter()
         answers = generate(
             model,
             examples,
@@ -61,6 +64,8 @@ def evaluate(
             origin=origin,
             progress=None if progress is None else lambda done, base=base, total=total: progress(base + done, total),
         )
+        seconds += time.perf_counter() - began
+        tokens += sum(len(a.response) for a in answers)
         texts.append(decode(tokenizer, answers))
         found = score_texts(texts[-1], wanted, metrics)
         found["response_tokens"] = statistics.fmean(len(a.response) for a in answers)
@@ -70,6 +75,7 @@ def evaluate(
         "num_rows": len(examples),
         "seeds": list(seeds),
         "decoding": asdict(sampling),
+        "speed": {"tokens": tokens, "seconds": seconds},
         "scores": summaries(per_seed),
         **_signed(wanted, metrics),
         "predictions": [
