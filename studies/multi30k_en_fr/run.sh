@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# A real pretrained encoder-decoder and a student of a third of its layers. Stopped, it goes on where it stopped.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+here=studies/multi30k_en_fr runs=runs/multi30k-en-fr
+[ -d $runs/opus-mt-en-fr ] || python ../shared/models/fetch.py opus-mt-en-fr $runs/opus-mt-en-fr
+[ -f $runs/student/report.html ] || distillm train $here/student.yaml resume=auto
+distillm sweep $here/methods.yaml method.name=sft,distillm "seed=${SEEDS:-1,2,3}"
+distillm compare $runs/methods/* $runs/student -o $runs/scores.md
