@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=studies/multi30k_en_fr runs=runs/multi30k-en-fr
 [ -d $runs/opus-mt-en-fr ] || python ../shared/models/fetch.py opus-mt-en-fr $runs/opus-mt-en-fr
+[ -f $runs/teacher/report.html ] || distillm train $here/teacher.yaml resume=auto
 [ -f $runs/student/report.html ] || distillm train $here/student.yaml resume=auto
 distillm sweep $here/methods.yaml method.name=sft,distillm "seed=${SEEDS:-1,2,3}"
-distillm compare $runs/methods/* $runs/student -o $runs/scores.md
+distillm compare $runs/methods/* $runs/teacher $runs/student -o $runs/scores.md
