@@ -70,6 +70,16 @@ class Teacher(Model):
     adapter_off: bool = False
     """Self-distillation: the student without its adapter is the teacher. It may read more than the student does, see
     data.teacher_system and data.teacher_template."""
+    cache: Literal["auto", "off", "memory", "disk"] = "auto"
+    """Where its last hidden states are kept, so that it reads no row twice. disk is shared by all runs with this teacher;
+    auto takes memory where they fit in it, else disk, and off where no row is read twice."""
+    cache_folder: str | None = None
+    """Where disk keeps them: ~/.cache/distillm/teacher unless set."""
+    cache_gib: PositiveFloat = 20.0
+    """The most that the folder may hold, of all teachers together, in GiB; what was used longest ago goes first."""
+    cache_batch_size: PositiveInt | None = None
+    """Rows read at a time to be kept. With 1 a row's states do not depend on other rows in their last bits; unset is 1
+    on a CPU, where batches save little, and 32 elsewhere."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Teacher":

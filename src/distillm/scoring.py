@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .data import collate
 from .models import HeadReader
+from .teacher_cache import TeacherCache
 from .types import IGNORE, Example, Head, Layout, Origin, State
 
 
@@ -59,6 +60,8 @@ class Pair:
     device: torch.device
     teacher_layout: Layout | None = None
     """The student's unless given."""
+    cache: TeacherCache | None = None
+    """Keeps the teacher's states of the rows that are read again."""
 
     def layout_for(self, reader: Literal["student", "teacher"]) -> Layout:
         """How the student or the teacher is fed."""
@@ -71,11 +74,8 @@ class Pair:
         student = self.read_student(self.student, batch)
         teacher = None
         if with_teacher:
-            assert self.teacher is not None
-            assert self.read_teacher is not None
-            reads = collate(examples, self.layout_for("teacher"), reader="teacher").to(self.device)
             with torch.no_grad():
-                teacher = _one_dtype(self.read_teacher(self.teacher, reads)).narrow(self.num_tokens)
+                teacher = _one_dtype(self._read_by_teacher(examples)).narrow(self.num_tokens)
         return Scored(
             student=_one_dtype(student).narrow(self.num_tokens),
             teacher=teacher,
@@ -85,6 +85,25 @@ class Pair:
             state=state,
             log_probs=_log_probs(examples, self.device),
         )
+
+    def _read_by_teacher(self, examples: Sequence[Example]) -> Head:
+        """The teacher's head at the target tokens of ``examples``, of kept states where there are any."""
+        assert self.teacher is not None
+        assert self.read_teacher is not None
+        teacher, reader = self.teacher, self.read_teacher
+
+        def read(rows: Sequence[Example]) -> tuple[Head, list[int]]:
+            batch = collate(rows, self.layout_for("teacher"), reader="teacher").to(self.device)
+            return reader(teacher, batch), (batch.labels != IGNORE).sum(1).tolist()
+
+        if self.cache is None or not reader.fused:
+            return read(examples)[0]
+
+        def states(rows: Sequence[Example]) -> Sequence[Tensor]:
+            head, counts = read(rows)
+            return head.hidden.split(counts)
+
+        return reader.head(torch.cat([kept.to(self.device) for kept in self.cache.states(examples, states)]))
 
 
 def _log_probs(examples: Sequence[Example], device: torch.device) -> Tensor | None:
