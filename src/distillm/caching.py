@@ -45,7 +45,9 @@ def make_cache(
         return None
     if not reader.fused:
         if given.cache != "auto":
-            note(f"teacher.cache={given.cache} has no effect: this teacher's logits are formed whole, too large to keep")
+            note(
+                f"teacher.cache={given.cache} has no effect: this teacher's logits are formed whole, too large to keep"
+            )
         return None
     again = method.reads_teacher and not _on_policy(run) and steps * run.train.batch_size > len(train)
     row_bytes = _width(models) * getattr(torch, given.dtype).itemsize
@@ -55,7 +57,11 @@ def make_cache(
     kind, room = given.cache, f"{_size(lasting + replayed)} of hidden states at most"
     if kind == "auto":
         kind = _choice(given, lasting, replayed, memory)
-        where = {"memory": "in memory", "disk": f"in {_folder(given)}", "off": "off, as neither memory nor disk has room"}
+        where = {
+            "memory": "in memory",
+            "disk": f"in {_folder(given)}",
+            "off": "off, as neither memory nor disk has room",
+        }
         note(f"teacher cache: {where[kind]} ({room})")
         if kind == "off":
             return None

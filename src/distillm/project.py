@@ -100,7 +100,7 @@ def build(
         run,
         models,
         method,
-        train=[*train.examples, *rows.text],
+        train=train.examples,
         validation=validation.examples,
         tests=[example for test in tests.values() for example in test.examples],
         steps=steps,
