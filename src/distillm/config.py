@@ -71,8 +71,8 @@ class Teacher(Model):
     """Self-distillation: the student without its adapter is the teacher. It may read more than the student does, see
     data.teacher_system and data.teacher_template."""
     cache: Literal["auto", "off", "memory", "disk"] = "auto"
-    """Where its last hidden states are kept, so that it reads no row twice. disk is shared by all runs with this teacher;
-    auto takes memory where they fit in it, else disk, and off where no row is read twice."""
+    """Where its last hidden states are kept, so that it reads no row twice in training. disk is shared by all runs with
+    this teacher; auto takes memory where they fit in it, else disk, and keeps no row that the run reads but once."""
     cache_folder: str | None = None
     """Where disk keeps them: ~/.cache/distillm/teacher unless set."""
     cache_gib: PositiveFloat = 20.0

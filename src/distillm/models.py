@@ -350,7 +350,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _sums(tensor: Tensor) -> list[int]:
-    """Two sums of the bits read as whole numbers, the second weighted by place: exact on every device, whatever order."""
+    """Two sums of the bits read as whole numbers, the second weighted by place: exact, whatever device or order."""
     whole = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()])
     sums = torch.zeros(2, dtype=torch.int64, device=whole.device)
     for number, part in enumerate(whole.split(2**22)):

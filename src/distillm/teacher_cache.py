@@ -219,7 +219,7 @@ def _precision() -> str:
 
 
 def _checksum(states: Tensor) -> str:
-    return f"{zlib.crc32(states.contiguous().view(torch.uint8).numpy()):08x}"
+    return f"{zlib.crc32(states.contiguous().view(torch.uint8).numpy().data):08x}"
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
