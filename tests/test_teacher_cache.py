@@ -1,5 +1,6 @@
 """The teacher cache gives what the teacher says, bit for bit, whatever happens to its files."""
 
+import json
 import os
 import signal
 import subprocess
@@ -16,16 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from command_line import done, refused
 from distillm.errors import StorageError
 from distillm.kernels import logits
 from distillm.models import fingerprint
 from distillm.pipeline import distill
 from distillm.scoring import Pair
-from distillm.teacher_cache import Disk, Memory, Store, TeacherCache, entries
+from distillm.teacher_cache import Disk, Memory, Store, TeacherCache, entries, teachers
 from distillm.types import Example, State
 from rows import row, text_row, tiny_pair, tokens
 from tiny import tiny_causal
-from tiny_run import lines, materials, tiny_run, weights
+from tiny_run import lines, materials, settings, tiny_run, weights
 
 STATE = State()
 ROWS = [
@@ -405,3 +407,40 @@ def test_auto_says_in_one_line_where_states_are_kept(tmp_path: Path, monkeypatch
     cache, said = chosen(**{"teacher.cache_gib": 1e-9})
     assert cache is None
     assert "off" in said[0]
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def test_a_cache_is_filled_listed_used_and_cleared_by_command(tmp_path: Path) -> None:
+    made = materials(tmp_path)
+    cache = tmp_path / "cache"
+    changes = {"teacher.cache_folder": str(cache), "train.mixed_precision": "bf16", "method": {"name": "kd"}}
+    written = tmp_path / "run.yaml"
+    written.write_text(json.dumps(settings(made, tmp_path / "run", changes)), encoding="utf-8")
+    assert "nothing is kept" in done("cache", "--folder", cache)
+    assert "16 rows are kept" in done("cache", "warm", written)
+    assert not (tmp_path / "run" / "run.yaml").exists()
+    (kept,) = teachers(cache)
+    assert (kept.rows, kept.teacher) == (16, str(made / "teacher"))
+    shown = done("cache", "--folder", cache)
+    assert kept.name in shown
+    assert str(kept.rows) in shown
+    before = {entry.path: entry.path.stat().st_ino for entry in entries(cache)}
+    done("train", written, "teacher.cache=disk")
+    after = {entry.path: entry.path.stat().st_ino for entry in entries(cache)}
+    assert before.items() <= after.items()
+    assert len(after) == 16 + 3  # the test rows
+    assert "keeps nothing of other" in refused("cache", "clear", "--teacher", "other", "--folder", cache)
+    (cache / kept.name / "mine.txt").write_text("not of the cache")
+    done("cache", "clear", "--teacher", kept.name, "--folder", cache)
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == ["mine.txt"]
+
+
+def test_warming_needs_a_teacher(tmp_path: Path) -> None:
+    made = materials(tmp_path)
+    written = tmp_path / "run.yaml"
+    found = settings(made, tmp_path / "run", {"method": {"name": "sft"}})
+    del found["teacher"]
+    written.write_text(json.dumps(found), encoding="utf-8")
+    refused("cache", "warm", written)

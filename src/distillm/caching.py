@@ -54,7 +54,7 @@ def make_cache(
     lasting = row_bytes * _tokens([*validation, *(train if again else [])])
     replayed = row_bytes * _replayed_tokens(run) if method.reads_teacher else 0
     memory = int(MEMORY_SHARE * psutil.virtual_memory().available)
-    kind, room = given.cache, f"{_size(lasting + replayed)} of hidden states at most"
+    kind, room = given.cache, f"{size(lasting + replayed)} of hidden states at most"
     if kind == "auto":
         kind = _choice(given, lasting, replayed, memory)
         where = {
@@ -135,5 +135,6 @@ def _width(models: Models) -> int:
     return output.weight.shape[1]
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """``count`` bytes in words."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -72,13 +72,9 @@ class Pair:
         batch = collate(examples, self.layout).to(self.device)
         target = batch.labels != IGNORE
         student = self.read_student(self.student, batch)
-        teacher = None
-        if with_teacher:
-            with torch.no_grad():
-                teacher = _one_dtype(self._read_by_teacher(examples)).narrow(self.num_tokens)
         return Scored(
             student=_one_dtype(student).narrow(self.num_tokens),
-            teacher=teacher,
+            teacher=self.teacher_head(examples) if with_teacher else None,
             labels=batch.labels[target],
             sequence=target.nonzero()[:, 0],
             origins=tuple(e.origin for e in examples),
@@ -86,7 +82,8 @@ class Pair:
             log_probs=_log_probs(examples, self.device),
         )
 
-    def _read_by_teacher(self, examples: Sequence[Example]) -> Head:
+    @torch.no_grad()
+    def teacher_head(self, examples: Sequence[Example]) -> Head:
         """The teacher's head at the target tokens of ``examples``, of kept states where there are any."""
         assert self.teacher is not None
         assert self.read_teacher is not None
@@ -97,13 +94,14 @@ class Pair:
             return reader(teacher, batch), (batch.labels != IGNORE).sum(1).tolist()
 
         if self.cache is None or not reader.fused:
-            return read(examples)[0]
+            return _one_dtype(read(examples)[0]).narrow(self.num_tokens)
 
         def states(rows: Sequence[Example]) -> Sequence[Tensor]:
             head, counts = read(rows)
             return head.hidden.split(counts)
 
-        return reader.head(torch.cat([kept.to(self.device) for kept in self.cache.states(examples, states)]))
+        hidden = torch.cat([kept.to(self.device) for kept in self.cache.states(examples, states)])
+        return _one_dtype(reader.head(hidden)).narrow(self.num_tokens)
 
 
 def _log_probs(examples: Sequence[Example], device: torch.device) -> Tensor | None:

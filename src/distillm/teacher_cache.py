@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import StorageError
+from .errors import ConfigError, StorageError
 from .types import Example, as_teacher_reads
 
 Read = Callable[[Sequence[Example]], Sequence[Tensor]]
@@ -157,6 +157,58 @@ def evict(root: Path, limit: int) -> int:
             if time.time() - scratch.stat().st_mtime > 3600:
                 scratch.unlink()
     return size
+
+
+class Kept(NamedTuple):
+    """What is kept of one teacher."""
+
+    name: str
+    teacher: str
+    rows: int
+    size: int
+    used: float | None
+
+
+def teachers(root: Path) -> list[Kept]:
+    """What ``root`` holds, a teacher a row, the one used last first; empty where there is no such folder."""
+    found: list[Kept] = []
+    for described in root.glob(f"*/{ABOUT}"):
+        try:
+            about = json.loads(described.read_text(encoding="utf-8"))
+            teacher = str(about["teacher"])
+        except (OSError, ValueError, KeyError, TypeError):
+            teacher = "?"  # of a process that was killed, or not ours
+        files = [entry for entry in entries(root) if entry.path.parents[1] == described.parent]
+        used = max((entry.used for entry in files), default=None)
+        size = sum(entry.size for entry in files)
+        found.append(Kept(described.parent.name, teacher, len(files), size, used))
+    return sorted(found, key=lambda kept: kept.used or 0, reverse=True)
+
+
+def clear(root: Path, name: str | None = None) -> int:
+    """Delete the states of the teacher called ``name``, or all; returns the bytes.
+
+    Raises:
+        ConfigError: nothing is kept under that name.
+        StorageError: a file could not be deleted.
+    """
+    found = teachers(root)
+    chosen = [kept for kept in found if name in (None, kept.name)]
+    if name is not None and not chosen:
+        there = ", ".join(kept.name for kept in found) or "nothing"
+        raise ConfigError(f"{root} keeps nothing of {name}; it keeps: {there}")
+    try:
+        for kept in chosen:  # only what is recognised as ours: the folder may be any that a user names
+            for entry in entries(root):
+                if entry.path.parents[1].name == kept.name:
+                    entry.path.unlink(missing_ok=True)
+            (root / kept.name / ABOUT).unlink(missing_ok=True)
+            for folder in [*(root / kept.name).glob("??"), root / kept.name]:
+                with suppress(OSError):  # not empty: what is not ours stays
+                    folder.rmdir()
+    except OSError as error:
+        raise StorageError(f"could not clear {root}: {error}") from error
+    return sum(kept.size for kept in chosen)
 
 
 @dataclass
