@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -59,6 +60,33 @@ def test_each_epoch_visits_each_row_exactly_once(num_rows: int, batch: int, seed
         batches = [source(State(epoch * per_epoch + i)).rows for i in range(per_epoch)]
         assert sorted(r.id for b in batches for r in b) == sorted(r.id for r in examples)
         assert all(len(b) == batch for b in batches[:-1])
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
+    batch=st.integers(1, 7),
+    bucket=st.integers(2, 9),
+    seed=st.integers(0, 99),
+)
+def test_batches_by_length_visit_each_row_once_and_hold_rows_of_like_length(
+    lengths: list[int], batch: int, bucket: int, seed: int
+) -> None:
+    examples = [row(i, 1, length) for i, length in enumerate(lengths)]
+    source, per_epoch = dataset(examples, batch, seed, bucket), steps_per_epoch(len(lengths), batch)
+    plain = dataset(examples, batch, seed)
+    for epoch in range(2):
+        batches = [source(State(epoch * per_epoch + i)).rows for i in range(per_epoch)]
+        assert sorted(r.id for b in batches for r in b) == sorted(r.id for r in examples)
+        assert sorted(len(b) for b in batches)[1:] == [batch] * (per_epoch - 1)
+        drawn = [plain(State(epoch * per_epoch + i)).rows for i in range(per_epoch)]
+        assert padding(batches) <= padding(drawn)
+        if bucket >= per_epoch:  # all rows of the epoch in one: no batch reaches into another's lengths
+            spans = sorted((min(len(r.tokens) for r in b), max(len(r.tokens) for r in b)) for b in batches)
+            assert all(a[1] <= b[0] for a, b in pairwise(spans))
+
+
+def padding(batches: list[list[Example]]) -> int:
+    return sum(len(b) * max(len(r.tokens) for r in b) - sum(len(r.tokens) for r in b) for b in batches)
 
 
 def test_epochs_and_seeds_have_their_own_order_which_history_does_not_change() -> None:

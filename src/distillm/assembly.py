@@ -166,7 +166,7 @@ def make_method(
                 keep_log_probs=keep_log_probs,
             )
 
-    data = sources.dataset(train, run.train.batch_size, run.seed)
+    data = sources.dataset(train, run.train.batch_size, run.seed, run.train.length_bucket)
     left_out = {"name", "capacity", "trigger"}
     settings = run.method.model_dump(exclude=left_out, exclude_none=not isinstance(run.method, MiniLlm))
     per_epoch = sources.steps_per_epoch(len(train), run.train.batch_size)

@@ -183,6 +183,9 @@ class Train(Section):
     """Rows per optimizer step."""
     micro_batch_size: PositiveInt = 8
     """Rows per forward and backward; lower it when memory runs out. The result does not depend on it."""
+    length_bucket: PositiveInt = 1
+    """Batches whose rows are shared out again by length, so that less is padded; 1 leaves them as they are drawn. Each
+    epoch visits each row once all the same."""
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True), Number] = 1.0
     """Gradients are clipped to this norm; .inf leaves them as they are."""
     mixed_precision: Literal["none", "bf16"] = "none"

@@ -34,17 +34,32 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return -(-rows // batch_size)
 
 
-def dataset(examples: Sequence[Example], batch_size: int, seed: int) -> Source:
-    """Shuffled epochs; each visits each row once."""
+def dataset(examples: Sequence[Example], batch_size: int, seed: int, bucket: int = 1) -> Source:
+    """Shuffled epochs; each visits each row once.
+
+    With a ``bucket`` above 1 the rows of so many batches in a row are shared out again by length, so that a batch holds
+    rows of like length, and the epoch's batches come in an order of their own.
+    """
     per_epoch = steps_per_epoch(len(examples), batch_size)
-    shuffled: tuple[int, list[int]] = (-1, [])
+    kept: tuple[int, list[list[int]]] = (-1, [])
 
     def source(state: State) -> Draw:
-        nonlocal shuffled
+        nonlocal kept
         epoch, at = divmod(state.step, per_epoch)
-        if shuffled[0] != epoch:
-            shuffled = epoch, keyed(seed, "epoch", epoch).sample(range(len(examples)), len(examples))
-        return Draw([examples[i] for i in shuffled[1][at * batch_size : (at + 1) * batch_size]])
+        if kept[0] != epoch:
+            kept = epoch, batches(keyed(seed, "epoch", epoch))
+        return Draw([examples[i] for i in kept[1][at]])
+
+    def batches(rng: random.Random) -> list[list[int]]:
+        order, span = rng.sample(range(len(examples)), len(examples)), bucket * batch_size
+        if bucket > 1:
+            parts = (order[i : i + span] for i in range(0, len(order), span))
+            # The last batch of an epoch may be smaller: it is the longest rows' here, which costs least memory.
+            order = [i for part in parts for i in sorted(part, key=lambda i: len(examples[i].tokens))]
+        found = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        if bucket > 1:
+            rng.shuffle(found)
+        return found
 
     return source
 
