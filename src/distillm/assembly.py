@@ -139,6 +139,7 @@ def make_method(
         state: State,
         *,
         writer: Literal["student", "teacher"] = "student",
+        steps: Sequence[int] | None = None,
         teacher_mix: float = 0.0,
         keep_log_probs: bool = False,
     ) -> list[Example]:
@@ -159,6 +160,7 @@ def make_method(
                 num_tokens=models.pair.num_tokens,
                 seed=run.seed,
                 step=state.step,
+                steps=steps,
                 origin=writer,
                 batch_size=run.generation.batch_size,
                 progress=advance,
