@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -28,9 +29,14 @@ from rows import row, text_row
 ROWS = [row(i, 2, 1) for i in range(13)]
 
 
-def numbered(prompts: Sequence[Example], state: State) -> list[Example]:
-    """A fake student: its response says at which step and where in the batch it was written."""
-    return [answer(p, [state.step, i], "student", state.step) for i, p in enumerate(prompts)]
+def numbered(prompts: Sequence[Example], state: State, *, steps: Sequence[int] | None = None) -> list[Example]:
+    """A fake student: its response says for which step and where in that step's batch it was written."""
+    steps = steps or [state.step] * len(prompts)
+    places = [i - steps.index(step) for i, step in enumerate(steps)]
+    return [
+        answer(p, [step, place], "student", state.step)
+        for p, step, place in zip(prompts, steps, places, strict=True)
+    ]
 
 
 def replaying(buffer: ReplayBuffer, phi: float, ratio: Any = 0.5, batch: int = 4, seed: int = 7, **rest: Any) -> Source:
@@ -59,6 +65,38 @@ def test_each_epoch_visits_each_row_exactly_once(num_rows: int, batch: int, seed
         batches = [source(State(epoch * per_epoch + i)).rows for i in range(per_epoch)]
         assert sorted(r.id for b in batches for r in b) == sorted(r.id for r in examples)
         assert all(len(b) == batch for b in batches[:-1])
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
+    batch=st.integers(1, 7),
+    bucket=st.integers(2, 9),
+    seed=st.integers(0, 99),
+)
+def test_batches_by_length_visit_each_row_once_and_hold_rows_of_like_length(
+    lengths: list[int], batch: int, bucket: int, seed: int
+) -> None:
+    examples = [row(i, 1, length) for i, length in enumerate(lengths)]
+    source, per_epoch = dataset(examples, batch, seed, bucket), steps_per_epoch(len(lengths), batch)
+    for epoch in range(2):
+        batches = [source(State(epoch * per_epoch + i)).rows for i in range(per_epoch)]
+        assert sorted(r.id for b in batches for r in b) == sorted(r.id for r in examples)
+        assert sorted(len(b) for b in batches)[1:] == [batch] * (per_epoch - 1)
+        if bucket >= per_epoch:  # all rows of the epoch in one: no batch reaches into another's lengths
+            spans = sorted((min(len(r.tokens) for r in b), max(len(r.tokens) for r in b)) for b in batches)
+            assert all(a[1] <= b[0] for a, b in pairwise(spans))
+
+
+def test_batches_by_length_pad_less_and_do_not_come_in_order_of_length() -> None:
+    examples = [row(i, 1, 1 + i * 7 % 60) for i in range(60)]
+    found = {bucket: [dataset(examples, 6, 1, bucket)(State(i)).rows for i in range(10)] for bucket in (1, 5, 10)}
+    assert padding(found[10]) < padding(found[5]) < padding(found[1]) / 3
+    longest = [max(len(r.tokens) for r in b) for b in found[10]]
+    assert longest not in (sorted(longest), sorted(longest, reverse=True))
+
+
+def padding(batches: list[list[Example]]) -> int:
+    return sum(len(b) * max(len(r.tokens) for r in b) - sum(len(r.tokens) for r in b) for b in batches)
 
 
 def test_epochs_and_seeds_have_their_own_order_which_history_does_not_change() -> None:
@@ -121,7 +159,7 @@ def test_dataset_batches_are_untouched_and_student_batches_hold_buffer_rows() ->
 def test_the_buffer_keeps_the_newest_rows_and_no_more_than_its_capacity(capacity: int) -> None:
     buffer, seen = ReplayBuffer(capacity), list[Example]()
 
-    def watched(prompts: Sequence[Example], state: State) -> list[Example]:
+    def watched(prompts: Sequence[Example], state: State, **_: Any) -> list[Example]:
         seen.extend(numbered(prompts, state))
         return numbered(prompts, state)
 
@@ -228,13 +266,76 @@ def test_without_replay_every_student_step_generates_and_nothing_is_kept() -> No
 
 def pairing(buffer: ReplayBuffer, log: list[tuple[str, int]]) -> Source:
     def write(who: Any) -> Any:
-        def answers(prompts: Sequence[Example], state: State) -> list[Example]:
+        def answers(prompts: Sequence[Example], state: State, **_: Any) -> list[Example]:
             log.append((who, len(prompts)))
             return [answer(p, [state.step, i], who, state.step) for i, p in enumerate(prompts)]
 
         return answers
 
     return paired(dataset(ROWS, 4, 7), 4, write("student"), write("teacher"), buffer, [1])
+
+
+def stale(staleness: int, calls: list[int], phi: float = 0.7, ratio: Any = 0.5, **rest: Any) -> Source:
+    """A source over a buffer of its own that answers ahead, and notes how many prompts each call is given."""
+
+    def counted(prompts: Sequence[Example], state: State, *, steps: Sequence[int] | None = None) -> list[Example]:
+        calls.append(len(prompts))
+        return numbered(prompts, state, steps=steps)
+
+    buffer = rest.pop("buffer", None) or ReplayBuffer(40)
+    schedule = ratio if callable(ratio) else constant(ratio)
+    replay = Replay(buffer, schedule, **rest)
+    data, phi_ = dataset(ROWS, 4, 7), constant(phi)
+    return student_rows(
+        data, counted, probability=phi_, seed=7, end_ids=[1],
+        replay=replay, ahead=buffer.ahead, max_staleness=staleness,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("train_on_fresh", [False, True])
+@pytest.mark.parametrize("ratio", ["constant", "decreasing", "increasing"])
+def test_writing_ahead_changes_how_old_rows_are_and_nothing_else(ratio: str, train_on_fresh: bool) -> None:
+    total, calls = 80, {k: list[int]() for k in (0, 1, 7)}
+    draws = {
+        k: run(stale(k, calls[k], ratio=REPLAY_RATIO[ratio], train_on_fresh=train_on_fresh), total) for k in calls
+    }
+    for k, found in draws.items():
+        assert [d.batch for d in found] == [d.batch for d in draws[0]]
+        # Which rows, answered for which step: what a response is does not depend on when it is written.
+        assert [[(r.id, r.response) for r in d.rows] for d in found] == [
+            [(r.id, r.response) for r in d.rows] for d in draws[0]
+        ]
+        for step, drawn in enumerate(found):
+            for r in drawn.rows:
+                if r.origin == "student":
+                    assert 0 <= r.response[0] - r.born <= k
+                    assert r.response[0] <= step
+        assert sum(calls[k]) == sum(calls[0])
+    assert len(calls[7]) < len(calls[1]) < len(calls[0])
+    assert max(draws[0][i].figures.get("oldest") or 0 for i in range(total)) > 0
+
+
+def test_rows_written_ahead_are_kept_for_a_resumed_run_and_the_last_step_has_none_left() -> None:
+    buffer = ReplayBuffer(40)
+    whole, calls = run(stale(5, [], buffer=buffer), 30), list[int]()
+    assert not buffer.ahead
+    buffer = ReplayBuffer(40)
+    source = stale(5, [], buffer=buffer)
+    first: list[Draw] = []
+    while not buffer.ahead:
+        first.append(source(State(len(first), 30)))
+    resumed = ReplayBuffer(40)
+    resumed.rows.extend(buffer.rows)
+    resumed.ahead.update({step: list(rows) for step, rows in buffer.ahead.items()})
+    again = stale(5, calls, buffer=resumed)
+    assert first + [again(State(step, 30)) for step in range(len(first), 30)] == whole
+    assert sum(calls) < sum(len(d.rows) for d in whole)
+
+
+def test_a_buffer_that_must_be_filled_is_filled_whatever_was_foreseen() -> None:
+    draws = run(stale(9, [], ratio=0.0), 30)
+    first = next(d for d in draws if d.batch != "dataset")
+    assert first.batch == "generated"
 
 
 def test_pairs_are_written_once_an_epoch_and_hold_both_writers_for_each_prompt() -> None:

@@ -139,6 +139,7 @@ def make_method(
         state: State,
         *,
         writer: Literal["student", "teacher"] = "student",
+        steps: Sequence[int] | None = None,
         teacher_mix: float = 0.0,
         keep_log_probs: bool = False,
     ) -> list[Example]:
@@ -159,6 +160,7 @@ def make_method(
                 num_tokens=models.pair.num_tokens,
                 seed=run.seed,
                 step=state.step,
+                steps=steps,
                 origin=writer,
                 batch_size=run.generation.batch_size,
                 progress=advance,
@@ -166,7 +168,7 @@ def make_method(
                 keep_log_probs=keep_log_probs,
             )
 
-    data = sources.dataset(train, run.train.batch_size, run.seed)
+    data = sources.dataset(train, run.train.batch_size, run.seed, run.train.length_bucket)
     left_out = {"name", "capacity", "trigger"}
     settings = run.method.model_dump(exclude=left_out, exclude_none=not isinstance(run.method, MiniLlm))
     per_epoch = sources.steps_per_epoch(len(train), run.train.batch_size)

@@ -95,6 +95,7 @@ def save_checkpoint(
             "python_random": random.getstate(),
             "numpy_random": _numpy_position(),
             "buffer": [asdict(row) for row in buffer.rows],
+            "ahead": {step: [asdict(row) for row in rows] for step, rows in buffer.ahead.items()},
             "threads": torch.get_num_threads(),
             "extra": extra,
         }
@@ -120,6 +121,8 @@ def load_checkpoint(
             setattr(state, name, saved["state"][name])
         buffer.rows.clear()
         buffer.rows.extend(Example(**row) for row in saved["buffer"])
+        buffer.ahead.clear()
+        buffer.ahead.update({int(step): [Example(**row) for row in rows] for step, rows in saved.get("ahead", {}).items()})
         version, internal, gauss = saved["python_random"]
         random.setstate((version, tuple(internal), gauss))
         _restore_generators(generators, saved["numpy_random"])

@@ -1,6 +1,7 @@
 """What the small commands do: score a model, answer prompts, shrink a teacher, train a tokenizer."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,11 @@ from .evaluation import Result
 from .evaluation.run import seeds_used
 from .models import load_model, load_tokenizer, num_parameters, save_model
 from .models import shrink as shrunk
+from .project import build
 from .report.text import parameter_count
 from .rows import check_room, end_of_response, placed, read_source, task_of, tokenised
 from .tasks import CHAT
+from .train import micro_batches
 from .vocabulary import train_tokenizer
 
 
@@ -103,6 +106,31 @@ def respond(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     texts = answers(run, models, models.student, examples)
     places = [int(example.id.rsplit(":", 1)[1]) for example in examples]
     return [{**rows[i], "response": text} for i, text in zip(places, texts, strict=True)]
+
+
+def warm(run: Run, display: Display) -> str:
+    """Let the run's teacher read the training and validation rows that its cache has not; returns what was done.
+
+    Raises:
+        ConfigError: the run has no teacher, or one whose states are not kept.
+    """
+    if run.teacher is None:
+        raise ConfigError("the run has no teacher whose states could be kept")
+    project = build(run, display)
+    pair = project.models.pair
+    if pair.cache is None:
+        raise ConfigError("this teacher's states are not kept: its logits are formed whole")
+    # As in a run: rows are trained on in mixed precision, where it is set, and validated on without.
+    sets = [(project.train, project.accelerator.autocast), (project.validation, nullcontext)]
+    done, total = 0, sum(any(e.targets) for rows, _ in sets for e in rows.examples)
+    with display.phase("the teacher reads", total) as advance:
+        for rows, precision in sets:
+            for part in micro_batches([e for e in rows.examples if any(e.targets)], pair.cache.batch_size):
+                with precision():
+                    pair.teacher_head(part)
+                done += len(part)
+                advance(done)
+    return f"{total} rows are kept; train with teacher.cache=disk"
 
 
 def as_rows(run: Run, prompts: Sequence[str]) -> list[dict[str, Any]]:

@@ -70,6 +70,16 @@ class Teacher(Model):
     adapter_off: bool = False
     """Self-distillation: the student without its adapter is the teacher. It may read more than the student does, see
     data.teacher_system and data.teacher_template."""
+    cache: Literal["auto", "off", "memory", "disk"] = "auto"
+    """Where its last hidden states are kept, so that it reads no row twice in training. disk is shared by all runs with
+    this teacher; auto takes memory where they fit in it, else disk, and keeps no row that the run reads but once."""
+    cache_folder: str | None = None
+    """Where disk keeps them: ~/.cache/distillm/teacher unless set."""
+    cache_gib: PositiveFloat = 20.0
+    """The most that the folder may hold, of all teachers together, in GiB; what was used longest ago goes first."""
+    cache_batch_size: PositiveInt | None = None
+    """Rows read at a time to be kept. With 1 a row's states do not depend on other rows in their last bits; unset is 1
+    on a CPU, where batches save little, and 32 elsewhere."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Teacher":
@@ -173,6 +183,9 @@ class Train(Section):
     """Rows per optimizer step."""
     micro_batch_size: PositiveInt = 8
     """Rows per forward and backward; lower it when memory runs out. The result does not depend on it."""
+    length_bucket: PositiveInt = 1
+    """Batches whose rows are shared out again by length, so that less is padded; 1 leaves them as they are drawn. Each
+    epoch visits each row once all the same."""
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True), Number] = 1.0
     """Gradients are clipped to this norm; .inf leaves them as they are."""
     mixed_precision: Literal["none", "bf16"] = "none"

@@ -169,6 +169,7 @@ def generate(
     num_tokens: int,
     seed: int = 0,
     step: int = 0,
+    steps: Sequence[int] | None = None,
     origin: Origin = "student",
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
@@ -180,17 +181,22 @@ def generate(
     A response ends with the end token that occurred; one cut by ``max_new_tokens`` has none. Prompts are batched by
     length, and rows that have ended leave their batch. An encoder-decoder never writes its padding. ``progress`` is
     called with the number of rows finished so far. ``mixture`` draws from a second model as well, ``keep_log_probs``
-    keeps the log-probability with which each token was drawn.
+    keeps the log-probability with which each token was drawn. Draws belong to (seed, step, row, position); ``steps``
+    has a step for each row where it is not the ``step`` at which all are written.
 
     Raises:
         TrainingError: the model's logits are not finite.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(_context(prompts[i], origin)), reverse=True)
     answers: dict[int, Example] = {}
+
+    def step_of(i: int) -> int:
+        return step if steps is None else steps[i]
+
     for at in range(0, len(order), batch_size):
         rows = order[at : at + batch_size]
         contexts = [_context(prompts[i], origin) for i in rows]
-        draws = np.stack([uniforms(seed, step, prompts[i].id, sampling.max_new_tokens) for i in rows])
+        draws = np.stack([uniforms(seed, step_of(i), prompts[i].id, sampling.max_new_tokens) for i in rows])
         drawn = _respond(model, contexts, sampling, draws, layout, end_ids, num_tokens, mixture, keep_log_probs)
         if any(drawn.bad):
             raise _not_finite([prompts[i].id for i in rows], sum(drawn.bad))

@@ -52,9 +52,10 @@ class HeadReader:
             _forward(model, batch.inputs)
         if len(hidden) != 1:
             raise ModelError("this head reader was made for another model: call head_of on the model that is read")
-        return self._head(hidden[0][targets])
+        return self.head(hidden[0][targets])
 
-    def _head(self, hidden: Tensor) -> Head:
+    def head(self, hidden: Tensor) -> Head:
+        """The head of what the unembedding is fed, ``[N, d]``, now or at an earlier time; for a fused reader alone."""
         assert self.unembedding is not None
         bias: Any = self.unembedding.bias
         extra = getattr(self.model, "final_logits_bias", None)
@@ -145,7 +146,7 @@ def _observations(model: Any, unembedding: nn.Linear) -> list[tuple[Tensor, Tens
 
 def _reproduces(reader: HeadReader, hidden: Tensor, logits: Tensor) -> bool:
     """Whether the reader's head gives ``logits``, up to the rounding of their own precision."""
-    head = reader._head(hidden)  # pyright: ignore[reportPrivateUsage]
+    head = reader.head(hidden)
     assert head.weight is not None
     wide = torch.promote_types(logits.dtype, torch.float32)
     z = F.linear(head.hidden.to(wide), head.weight.to(wide), None if head.bias is None else head.bias.to(wide))

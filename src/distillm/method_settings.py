@@ -104,6 +104,9 @@ class Distillation(Section):
     """Replay: generate at every student step until the buffer is full (the authors' code)."""
     train_on_fresh: bool = False
     """Replay: train on the newly generated rows themselves, not on a sample of the buffer (the authors' code)."""
+    max_staleness: NonNegativeInt = 0
+    """A step that generates also answers the prompts of the next so many steps, of those that will generate: one large
+    batch, many times faster, by a student that is at most so many steps old. 0 is the published algorithm."""
 
     @property
     def replays(self) -> bool:
@@ -143,6 +146,8 @@ class Distillation(Section):
             raise ValueError("kd_weight=0 leaves nothing to learn from the student's responses; leave sampling out")
         if self.off_policy and self.sampling in ("none", "adaptive_off_policy"):
             raise ValueError(f"off_policy says nothing about sampling={self.sampling}; leave it out")
+        if self.sampling == "none" and self.max_staleness:
+            raise ValueError("max_staleness is of responses that the student writes, and sampling is none")
         self._unused(("student_fraction",), self.sampling == "mixed", "sampling=mixed")
         self._unused(self._adaptive, self.adapts, "an adaptive sampling")
         self._unused(self._replay, self.replays, "replay (off_policy=true or sampling=adaptive_off_policy)")
@@ -218,6 +223,9 @@ class MiniLlm(Section):
     """Replay: rows of the buffer."""
     replay_ratio: ReplayRatio = "decreasing"
     """Replay: the share of steps that generate anew: 1 - t/T, 0.5, or t/T."""
+    max_staleness: NonNegativeInt = 0
+    """As in distillm: answer the prompts of the next so many steps at once; 0 writes at each step with the student as
+    it is. The importance weights then correct for the age."""
 
     @property
     def replays(self) -> bool:

@@ -24,6 +24,7 @@ class Writes(Protocol):
         state: State,
         *,
         writer: Literal["student", "teacher"] = "student",
+        steps: Sequence[int] | None = None,
         teacher_mix: float = 0.0,
         keep_log_probs: bool = False,
     ) -> list[Example]:
@@ -79,6 +80,7 @@ def distillation(
     replay_ratio: str = "decreasing",
     fill_first: bool = False,
     train_on_fresh: bool = False,
+    max_staleness: int = 0,
     **parameters: float,
 ) -> Method:
     """``kd_weight * D(p, q)``, per token, on rows by ``sampling``; the rest is cross-entropy on the dataset's rows.
@@ -101,6 +103,8 @@ def distillation(
             seed=context.seed,
             end_ids=context.end_ids,
             replay=replay,
+            ahead=context.buffer.ahead,
+            max_staleness=max_staleness,
         )
     divergence_loss = distill(
         divergence, temperature=temperature, temperature_squared=temperature_squared, top_k=top_k, **parameters
@@ -143,11 +147,14 @@ def minillm(
     clip: float | None = 0.2,
     off_policy: bool = False,
     replay_ratio: str = "decreasing",
+    max_staleness: int = 0,
 ) -> Method:
     """Sequence-level reverse KL by policy gradient on teacher-mixed student responses. MiniLLM, arXiv:2306.08543."""
 
-    def generate(prompts: Sequence[Example], state: State) -> list[Example]:
-        return context.generate(prompts, state, teacher_mix=teacher_mix, keep_log_probs=True)
+    def generate(
+        prompts: Sequence[Example], state: State, *, steps: Sequence[int] | None = None
+    ) -> list[Example]:
+        return context.generate(prompts, state, steps=steps, teacher_mix=teacher_mix, keep_log_probs=True)
 
     source = sources.student_rows(
         context.data,
@@ -156,6 +163,8 @@ def minillm(
         seed=context.seed,
         end_ids=context.end_ids,
         replay=Replay(context.buffer, REPLAY_RATIO[replay_ratio]) if off_policy else None,
+        ahead=context.buffer.ahead,
+        max_staleness=max_staleness,
     )
     loss = policy_gradient(importance=importance, length_normalization=length_normalization, clip=clip)
     return Method(source, loss)
@@ -170,8 +179,8 @@ def distillm2(
 ) -> Method:
     """Skew KL on the teacher's and skew reverse KL on the student's responses. DistiLLM-2, arXiv:2503.07067."""
 
-    def teacher(prompts: Sequence[Example], state: State) -> list[Example]:
-        return context.generate(prompts, state, writer="teacher")
+    def teacher(prompts: Sequence[Example], state: State, *, steps: Sequence[int] | None = None) -> list[Example]:
+        return context.generate(prompts, state, steps=steps, writer="teacher")
 
     source = sources.paired(
         context.data, context.steps_per_epoch, context.generate, teacher, context.buffer, context.end_ids

@@ -339,15 +339,25 @@ def _quiet(source: Path, gguf_file: str | None) -> Generator[None]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short name of ``model``'s weights: 64 values of each tensor, with its name and shape, hashed."""
+    """A short name of ``model``'s weights, each bit of them, that no single change leaves as it was."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
-        # In whole numbers: float32 cannot tell neighbouring places of a large tensor apart.
-        count = min(64, flat.numel())
-        places = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{flat[places].cpu().double().tolist()}".encode())
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{_sums(tensor)}".encode())
     return digest.hexdigest()[:16]
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _sums(tensor: Tensor) -> list[int]:
+    """Two sums of the bits read as whole numbers, the second weighted by place: exact, whatever device or order."""
+    whole = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()])
+    sums = torch.zeros(2, dtype=torch.int64, device=whole.device)
+    for number, part in enumerate(whole.split(2**22)):
+        places = torch.arange(1, len(part) + 1, device=part.device)
+        part = part.to(torch.int64)
+        sums += torch.stack([part.sum(), (part * places).sum() * (2 * number + 1)])
+    return sums.tolist()
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -4,7 +4,7 @@ import math
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from . import assembly, schedules
 from .adapters import merged
 from .assembly import Models
 from .assess import answers, measure
+from .caching import make_cache
 from .checkpoint import written_aside
 from .config import Run, as_yaml
 from .display import Display
@@ -94,6 +95,18 @@ def build(
 
     buffer = assembly.make_buffer(run, len(train.examples))
     _say_cut(run, models, [train, validation, *tests.values()], display)
+    method = assembly.make_method(run, models, train.examples, rows.text, buffer, phase)
+    cache = make_cache(
+        run,
+        models,
+        method,
+        train=train.examples,
+        validation=validation.examples,
+        tests=[example for test in tests.values() for example in test.examples],
+        steps=steps,
+        note=display.note,
+    )
+    models.pair = replace(models.pair, cache=cache)
     return Project(
         run=run,
         folder=folder,
@@ -102,7 +115,7 @@ def build(
         validation=validation,
         tests=tests,
         text=rows.text,
-        method=assembly.make_method(run, models, train.examples, rows.text, buffer, phase),
+        method=method,
         optimizer=assembly.make_optimizer(run, models.student),
         accelerator=accelerator,
         state=State(total_steps=steps),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .data import collate
 from .models import HeadReader
+from .teacher_cache import TeacherCache
 from .types import IGNORE, Example, Head, Layout, Origin, State
 
 
@@ -59,6 +60,8 @@ class Pair:
     device: torch.device
     teacher_layout: Layout | None = None
     """The student's unless given."""
+    cache: TeacherCache | None = None
+    """Keeps the teacher's states of the rows that are read again."""
 
     def layout_for(self, reader: Literal["student", "teacher"]) -> Layout:
         """How the student or the teacher is fed."""
@@ -69,22 +72,36 @@ class Pair:
         batch = collate(examples, self.layout).to(self.device)
         target = batch.labels != IGNORE
         student = self.read_student(self.student, batch)
-        teacher = None
-        if with_teacher:
-            assert self.teacher is not None
-            assert self.read_teacher is not None
-            reads = collate(examples, self.layout_for("teacher"), reader="teacher").to(self.device)
-            with torch.no_grad():
-                teacher = _one_dtype(self.read_teacher(self.teacher, reads)).narrow(self.num_tokens)
         return Scored(
             student=_one_dtype(student).narrow(self.num_tokens),
-            teacher=teacher,
+            teacher=self.teacher_head(examples) if with_teacher else None,
             labels=batch.labels[target],
             sequence=target.nonzero()[:, 0],
             origins=tuple(e.origin for e in examples),
             state=state,
             log_probs=_log_probs(examples, self.device),
         )
+
+    @torch.no_grad()
+    def teacher_head(self, examples: Sequence[Example]) -> Head:
+        """The teacher's head at the target tokens of ``examples``, of kept states where there are any."""
+        assert self.teacher is not None
+        assert self.read_teacher is not None
+        teacher, reader = self.teacher, self.read_teacher
+
+        def read(rows: Sequence[Example]) -> tuple[Head, list[int]]:
+            batch = collate(rows, self.layout_for("teacher"), reader="teacher").to(self.device)
+            return reader(teacher, batch), (batch.labels != IGNORE).sum(1).tolist()
+
+        if self.cache is None or not reader.fused:
+            return _one_dtype(read(examples)[0]).narrow(self.num_tokens)
+
+        def states(rows: Sequence[Example]) -> Sequence[Tensor]:
+            head, counts = read(rows)
+            return head.hidden.split(counts)
+
+        hidden = torch.cat([kept.to(self.device) for kept in self.cache.states(examples, states)])
+        return _one_dtype(reader.head(hidden)).narrow(self.num_tokens)
 
 
 def _log_probs(examples: Sequence[Example], device: torch.device) -> Tensor | None:

@@ -4,7 +4,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from .generation import truncated
 from .schedules import Schedule
@@ -21,7 +21,16 @@ class Draw:
 
 
 Source = Callable[[State], Draw]
-Generate = Callable[[Sequence[Example], State], list[Example]]
+
+
+class Generate(Protocol):
+    """Answers prompts with the current student."""
+
+    def __call__(
+        self, prompts: Sequence[Example], state: State, *, steps: Sequence[int] | None = None
+    ) -> list[Example]:
+        """``prompts`` with responses. ``steps`` are those whose draws each row takes; ``state.step`` unless given."""
+        ...
 
 
 def keyed(*key: object) -> random.Random:
@@ -34,26 +43,42 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return -(-rows // batch_size)
 
 
-def dataset(examples: Sequence[Example], batch_size: int, seed: int) -> Source:
-    """Shuffled epochs; each visits each row once."""
+def dataset(examples: Sequence[Example], batch_size: int, seed: int, bucket: int = 1) -> Source:
+    """Shuffled epochs; each visits each row once.
+
+    With a ``bucket`` above 1 the rows of so many batches in a row are shared out again by length, so that a batch holds
+    rows of like length, and the epoch's batches come in an order of their own.
+    """
     per_epoch = steps_per_epoch(len(examples), batch_size)
-    shuffled: tuple[int, list[int]] = (-1, [])
+    kept: tuple[int, list[list[int]]] = (-1, [])
 
     def source(state: State) -> Draw:
-        nonlocal shuffled
+        nonlocal kept
         epoch, at = divmod(state.step, per_epoch)
-        if shuffled[0] != epoch:
-            shuffled = epoch, keyed(seed, "epoch", epoch).sample(range(len(examples)), len(examples))
-        return Draw([examples[i] for i in shuffled[1][at * batch_size : (at + 1) * batch_size]])
+        if kept[0] != epoch:
+            kept = epoch, batches(keyed(seed, "epoch", epoch))
+        return Draw([examples[i] for i in kept[1][at]])
+
+    def batches(rng: random.Random) -> list[list[int]]:
+        order, span = rng.sample(range(len(examples)), len(examples)), bucket * batch_size
+        if bucket > 1:
+            parts = (order[i : i + span] for i in range(0, len(order), span))
+            # The last batch of an epoch may be smaller: it is the longest rows' here, which costs least memory.
+            order = [i for part in parts for i in sorted(part, key=lambda i: len(examples[i].tokens))]
+        found = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        if bucket > 1:
+            rng.shuffle(found)
+        return found
 
     return source
 
 
 class ReplayBuffer:
-    """The last ``capacity`` generated rows; the oldest leave."""
+    """The last ``capacity`` generated rows; the oldest leave. ``ahead`` has those that later steps will bring in."""
 
     def __init__(self, capacity: int):
         self.rows: deque[Example] = deque(maxlen=capacity)
+        self.ahead: dict[int, list[Example]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,6 +115,8 @@ def student_rows(
     seed: int,
     end_ids: Sequence[int],
     replay: Replay | None = None,
+    ahead: dict[int, list[Example]] | None = None,
+    max_staleness: int = 0,
 ) -> Source:
     """Student rows with the scheduled probability; dataset rows otherwise.
 
@@ -98,16 +125,41 @@ def student_rows(
     ``u < probability`` the step trains on a sample of the buffer (arXiv:2402.03898, algorithm 1), which is filled
     first where it holds less than a batch. Where a step generates, ``truncated`` counts the rows just written that
     were cut by length: none of ``end_ids`` ends them.
+
+    With ``max_staleness`` a step that generates answers the prompts of the next so many steps as well, of those that
+    will generate as far as can be told, and keeps them in ``ahead``: one large batch in place of many small ones, by a
+    student that is at most so many steps old.
     """
+    ahead = {} if ahead is None else ahead
+
+    def plan(state: State) -> tuple[float, float, bool]:
+        """The step's coin, its probability of student rows, and whether the schedules have it generate."""
+        u, phi = keyed(seed, "replay", state.step).random(), probability(state)
+        return u, phi, u < phi * (1.0 if replay is None else replay.ratio(state))
+
+    def fresh_rows(state: State, prompts: list[Example]) -> list[Example]:
+        if state.step in ahead:
+            return ahead.pop(state.step)
+        asked = {state.step: prompts}
+        for step in range(state.step + 1, min(state.step + max_staleness + 1, state.total_steps)):
+            later = replace(state, step=step)
+            if step not in ahead and plan(later)[2]:
+                asked[step] = data(later).rows
+        steps = [step for step, rows in asked.items() for _ in rows]
+        written = generate([row for rows in asked.values() for row in rows], state, steps=steps)
+        for row, step in zip(written, steps, strict=True):
+            ahead.setdefault(step, []).append(row)
+        return ahead.pop(state.step)
 
     def source(state: State) -> Draw:
-        rng = keyed(seed, "replay", state.step)
-        u, phi = rng.random(), probability(state)
+        u, phi, scheduled = plan(state)
         figures: dict[str, float | None] = {"probability": phi}
         drawn = data(state)
         if u < phi:
-            fresh = replay is None or _generates(replay, u, phi, state, len(drawn.rows))
-            generated = generate(drawn.rows, state) if fresh else []
+            short = replay is not None and (
+                (replay.fill_first and not replay.buffer.full) or len(replay.buffer) < len(drawn.rows)
+            )
+            generated = fresh_rows(state, drawn.rows) if scheduled or short else []
             if generated:
                 figures["truncated"] = sum(truncated(row, end_ids) for row in generated)
             if replay is not None:
@@ -115,19 +167,18 @@ def student_rows(
             if replay is None or (generated and replay.train_on_fresh):
                 rows = generated
             else:
+                rng = keyed(seed, "replay", state.step)
+                rng.random()  # the coin
                 rows = rng.sample(list(replay.buffer.rows), min(len(drawn.rows), len(replay.buffer)))
             drawn = Draw(rows, "generated" if generated else "replayed")
+            ages = [state.step - row.born for row in rows]
+            figures |= {"age": sum(ages) / len(ages), "oldest": max(ages)}
         if replay is not None:
             figures["replay_ratio"] = replay.ratio(state)
             figures |= {"buffer": len(replay.buffer), "buffer_age": replay.buffer.age(state.step)}
         return Draw(drawn.rows, drawn.batch, figures)
 
     return source
-
-
-def _generates(replay: Replay, u: float, phi: float, state: State, size: int) -> bool:
-    wanted = u < phi * replay.ratio(state) or (replay.fill_first and not replay.buffer.full)
-    return wanted or len(replay.buffer) < size
 
 
 def paired(

@@ -9,6 +9,7 @@ import typer
 from .. import __version__
 from ..errors import DistillmError
 from ..listing import datasets
+from .cache import cache_app
 from .judge import judge
 from .make import recipes_app, schema, shrink, tokenizer
 from .score import evaluate_command, generate
@@ -46,6 +47,7 @@ app.command("datasets")(datasets)
 app.command("schema")(schema)
 app.command("demo")(demo)
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(cache_app, name="cache")
 
 
 def _print_version(asked: bool) -> None:
