@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distillm.divergences import DIVERGENCES, Divergence, mixture
 from distillm.errors import ConfigError
-from distillm.kernels import chunked, linear_cross_entropy, linear_divergence, logits, scorers
+from distillm.kernels import chunked, linear_cross_entropy, linear_divergence, logits, sweep
 from distillm.kernels.closed_form import CLOSED_FORMS
 from distillm.types import IGNORE, Head
 
@@ -290,7 +290,7 @@ def test_named_functions_take_the_closed_form(monkeypatch: pytest.MonkeyPatch) -
     def refuse(*_: object) -> None:
         raise AssertionError("went through autograd")
 
-    monkeypatch.setattr(scorers, "_by_autograd", refuse)
+    monkeypatch.setattr(chunked, "_by_autograd", refuse)
     teacher, student = make_head(1, (3, 7, 2)), make_head(2, (3, 7, 4))
     for function in DIVERGENCES.values():
         linear_divergence(function, teacher, student, torch.ones(3))
@@ -403,8 +403,9 @@ def test_memory_stays_within_the_budget_as_rows_grow(loss: str, dtype: torch.dty
 
 def test_the_budget_decides_the_chunks() -> None:
     student = make_head(1, (1000, 1003, 4), torch.float32)
-    scorer = scorers.cross_entropy_scorer(torch.zeros(1000, dtype=torch.long))
-    counts = [chunked._row_counts(scorer, scorers.Projection(student), 1000, b) for b in (1, 2**18, 2**20, None)]
+    project = sweep.Projection(student)
+    scorer = chunked.cross_entropy_scorer(torch.zeros(1000, dtype=torch.long), project)
+    counts = [sweep.row_counts(scorer, project, 1000, budget) for budget in (1, 2**18, 2**20, None)]
     assert counts[0] == (1, 1)
     assert counts[-1][0] == 1000
     assert [c for c, _ in counts] == sorted(c for c, _ in counts)
