@@ -63,7 +63,8 @@ Sweep = Callable[[], tuple[Tensor, Tensor, Gradients]]
 class Projection:
     """Forms the products of a head's chunks, one after the other, in one buffer.
 
-    Its rows begin at multiples of ``align`` entries, so that those of any vocabulary can be read in wide pieces.
+    Its rows begin at multiples of ``align`` entries, so that those of any vocabulary can be read in wide pieces. What
+    is between them are zeros.
     """
 
     def __init__(self, head: Head, align: int = 1) -> None:
@@ -88,6 +89,7 @@ class Projection:
             return hidden
         if self.buffer is None:
             self.buffer = hidden.new_empty(len(hidden), self.row_length)
+            self.buffer[:, self.num_tokens :] = 0
         out = self.buffer[: len(hidden), : self.num_tokens]
         return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
 
@@ -143,9 +145,10 @@ def _sweep(
     for rows in slices(num_rows, chunk):
         raw, score = project(rows), scorer.open(rows)
         target = raw if head.weight is not None else None if grads.hidden is None else grads.hidden[rows]
-        whole = Block(raw, weights[rows], values[rows], target if any(wanted) else None)
+        target = target if any(wanted) else None
         for part in slices(len(raw), block):
-            score(part, Block(*(None if x is None else x[part] for x in whole)))
+            d_raw = None if target is None else target[part]
+            score(part, Block(raw[part], weights[rows][part], values[rows][part], d_raw))
         if head.weight is not None:
             _carry(raw, rows, head.hidden[rows], head.weight, grads)
     done = Gradients(
