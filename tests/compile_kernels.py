@@ -58,6 +58,8 @@ def main() -> None:
     compile_divergence("skew_reverse_kl", torch.float16, None, alpha=rows)
     compile_divergence("alpha_beta", torch.float32, None, alpha=0.0)
     compile_divergence("alpha_beta", torch.float32, 30.0, beta=0.0)
+    with torch.no_grad():
+        compile_divergence("jsd", torch.bfloat16, None)
     student = Head(torch.zeros(2, 8, requires_grad=True), torch.zeros(NUM_TOKENS, 8))
     triton_rows.cross_entropy_rows(student, torch.zeros(2, dtype=torch.long), torch.ones(2), None)
     for kernel in compiled:

@@ -170,6 +170,14 @@ def test_labels_without_mass() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which the interpreter computes with
+def test_a_row_without_a_label_is_worth_nothing_whatever_it_holds() -> None:
+    student = Head(torch.full((1, 7), math.inf, device=DEVICE, requires_grad=True), None)
+    label, weights = torch.tensor([IGNORE], device=DEVICE), torch.ones(1, device=DEVICE)
+    for part in results(cross_entropy(label, weights)(None, student, impl="triton"), student):
+        assert (part == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which the interpreter computes with
 @pytest.mark.parametrize("name", [*NAMES, "cross_entropy"])
 def test_what_is_no_number_stays_none(name: str) -> None:
     good = torch.zeros(7)
@@ -326,7 +334,7 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_there(capability: int, tmp_
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == len(NAMES) + 5
+    assert len(kernels) == len(NAMES) + 6
     for kernel in kernels:
         assert kernel["binary"] > 0
         assert kernel["wide"] >= 2  # a row is read 16 bytes a thread,

@@ -278,7 +278,7 @@ def cross_entropy_kernel(
     value = tl.where(known, log_mass * LN2 - (chosen - top), float("nan"))
     tl.store(values + row, tl.where(label == NO_LABEL, 0.0, value))
     if target is not None:
-        weight = tl.where(label == NO_LABEL, 0.0, tl.load(weights + row))
+        weight = tl.load(weights + row)
         for start in range(0, num_tokens, TILE):
             columns = start + lanes
             z, slope = _logits(student, columns, num_tokens, student_width, student_step, scale, softcap)

@@ -7,7 +7,7 @@ the kernels, ``sweep`` the loop around them.
 import inspect
 import warnings
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -109,7 +109,7 @@ def cross_entropy_rows(
 def _launch(kernel: Any, block: Block, read: tuple[Any, ...], **rest: Any) -> None:
     """Run ``kernel`` on the rows of ``block``: ``read`` is what it reads, its first arguments."""
     num_rows, num_tokens = block.raw.shape
-    tile = min(LARGEST_TILE, triton.next_power_of_2(num_tokens))
+    tile = min(LARGEST_TILE, max(triton.next_power_of_2(num_tokens), 32))
     strides = (0, 0) if block.target is None else block.target.stride()
     with torch.cuda.device_of(block.raw):
         kernel[(num_rows,)](
@@ -175,10 +175,10 @@ def _interpreted() -> bool:
 @cache
 def works(device: torch.device) -> bool:
     """Whether a kernel can be compiled and run; a warning says why not."""
-    out = torch.zeros(1, device=device)
+    out, probe = torch.zeros(1, device=device), cast(Any, kernels.probe_kernel)
     try:
         with torch.cuda.device_of(out):
-            kernels.probe_kernel[(1,)](out, TERMS=kernels.forward_kl)
+            probe[(1,)](out, TERMS=kernels.forward_kl)
     except Exception as error:
         warnings.warn(f"Triton cannot run a kernel here, so losses take impl='chunked': {error}", stacklevel=2)
         return False
