@@ -16,6 +16,11 @@ from transformers.utils import logging
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 
+# Without a GPU, Triton's kernels are interpreted. It reads this as it is imported, which neither torch nor transformers
+# does by itself; nothing else here uses it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 

@@ -1,7 +1,6 @@
 """The fused projections against the naive lines they stand for: value, gradients, FLOPs and memory."""
 
 import math
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,69 +9,31 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from distillm.divergences import DIVERGENCES, Divergence, mixture
 from distillm.errors import ConfigError
-from distillm.kernels import chunked, linear_cross_entropy, linear_divergence, logits, scorers
+from distillm.kernels import chunked, linear_cross_entropy, linear_divergence, logits, sweep
 from distillm.kernels.closed_form import CLOSED_FORMS
 from distillm.types import IGNORE, Head
-
-BUDGET = 60_000  # several chunks and blocks at the sizes below
-WEIGHT_OF = {"jsd": "beta", "skew_kl": "alpha", "skew_reverse_kl": "alpha", "symmetric_kl": "weight"}
-SIZES = [(1, 7, 3), (13, 101, 5), (37, 257, 11), (5, 1, 2)]
-HEADS = [
-    {},
-    {"bias": True},
-    {"scale": 0.37},
-    {"softcap": 5.0},
-    {"bias": True, "scale": 1.7, "softcap": 3.0},
-    {"raw": True},
-]
-
-
-def jeffreys_half(p: Tensor, q: Tensor, power: float | Tensor = 1.0) -> Tensor:
-    """A divergence that the library does not name."""
-    return ((p.exp() - q.exp()) * (p - q)).sum(-1) * (power if isinstance(power, float) else power[..., 0])
+from kernel_cases import (
+    BUDGET,
+    HEADS,
+    SIZES,
+    WEIGHT_OF,
+    PeakMemory,
+    flops,
+    jeffreys_half,
+    make_head,
+    parameters_of,
+    peak_beside_gradients,
+    results,
+    rounded,
+)
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-def make_head(
-    seed: int,
-    sizes: tuple[int, int, int],
-    dtype: torch.dtype = torch.float64,
-    *,
-    bias: bool = False,
-    raw: bool = False,
-    **rest: Any,
-) -> Head:
-    num_rows, num_tokens, width = sizes
-    generator = torch.Generator().manual_seed(seed)
-
-    def parameter(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-
-    if raw:
-        return Head(parameter(num_rows, num_tokens), None)
-    return Head(
-        parameter(num_rows, width), parameter(num_tokens, width), parameter(num_tokens) if bias else None, **rest
-    )
-
-
-def parameters_of(head: Head) -> list[Tensor]:
-    return [x for x in head[:3] if isinstance(x, Tensor)]
-
-
-def results(loss: Callable[[], tuple[Tensor, Tensor]], student: Head) -> list[Tensor]:
-    """The scalar, the values per row and the gradients, all scaled by an upstream factor."""
-    total, values = loss()
-    assert not values.requires_grad
-    return [total.detach(), values, *torch.autograd.grad(total * 0.7, parameters_of(student))]
 
 
 def assert_matches_eager(loss: Callable[..., tuple[Tensor, Tensor]], student: Head, **tolerance: float) -> None:
@@ -244,10 +205,6 @@ def test_autocast_makes_the_product_in_its_dtype() -> None:
     assert not torch.equal(low, linear_divergence("jsd", teacher, student, weights, per_row=True)[1])
 
 
-def rounded(*heads: Head) -> list[Head]:
-    return [Head(*(None if x is None else x.detach().bfloat16() for x in head[:3])) for head in heads]
-
-
 @pytest.mark.parametrize("impl", ["eager", "chunked"])
 def test_no_rows_are_worth_nothing(impl: str) -> None:
     for student in (make_head(1, (0, 9, 4), bias=True), make_head(1, (0, 9, 4), raw=True)):
@@ -290,24 +247,12 @@ def test_named_functions_take_the_closed_form(monkeypatch: pytest.MonkeyPatch) -
     def refuse(*_: object) -> None:
         raise AssertionError("went through autograd")
 
-    monkeypatch.setattr(scorers, "_by_autograd", refuse)
+    monkeypatch.setattr(chunked, "_by_autograd", refuse)
     teacher, student = make_head(1, (3, 7, 2)), make_head(2, (3, 7, 4))
     for function in DIVERGENCES.values():
         linear_divergence(function, teacher, student, torch.ones(3))
     with pytest.raises(AssertionError, match="went through autograd"):
         linear_divergence(jeffreys_half, teacher, student, torch.ones(3))
-
-
-def addmm_flops(total: torch.Size, left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * left[0] * left[1] * right[1]
-
-
-def flops(run: Callable[[], Tensor]) -> int:
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
-        loss = run()
-        if loss.requires_grad:
-            loss.backward()
-    return counter.get_total_flops()
 
 
 def test_the_flop_counter_counts_in_place_products() -> None:
@@ -335,34 +280,6 @@ def test_flops_are_the_least(divergence: str | Divergence, bias: bool) -> None:
 def test_flops_of_cross_entropy() -> None:
     student, labels = make_head(2, (37, 101, 5)), torch.randint(101, (37,))
     assert flops(lambda: linear_cross_entropy(student, labels, torch.ones(37), byte_budget=BUDGET)) == 6 * 37 * 101 * 5
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages that operators made and that live at once, at their most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        inputs = {
-            x.untyped_storage()._cdata for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)
-        }
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in inputs | self.live.keys():
-                self.live[key] = tensor.untyped_storage().nbytes()
-                weakref.finalize(tensor.untyped_storage(), self.live.pop, key)
-        self.peak = max(self.peak, sum(self.live.values()))
-        return out
-
-
-def peak_beside_gradients(run: Callable[[], Tensor], student: Head) -> int:
-    with PeakMemory() as memory:
-        loss = run()
-        loss.backward()
-    return memory.peak - sum(x.grad.nbytes for x in parameters_of(student) if x.grad is not None)
 
 
 def test_peak_memory_is_counted() -> None:
@@ -403,8 +320,9 @@ def test_memory_stays_within_the_budget_as_rows_grow(loss: str, dtype: torch.dty
 
 def test_the_budget_decides_the_chunks() -> None:
     student = make_head(1, (1000, 1003, 4), torch.float32)
-    scorer = scorers.cross_entropy_scorer(torch.zeros(1000, dtype=torch.long))
-    counts = [chunked._row_counts(scorer, scorers.Projection(student), 1000, b) for b in (1, 2**18, 2**20, None)]
+    project = sweep.Projection(student)
+    scorer = chunked.cross_entropy_scorer(torch.zeros(1000, dtype=torch.long), project)
+    counts = [sweep.row_counts(scorer, project, 1000, budget) for budget in (1, 2**18, 2**20, None)]
     assert counts[0] == (1, 1)
     assert counts[-1][0] == 1000
     assert [c for c, _ in counts] == sorted(c for c, _ in counts)

@@ -1,11 +1,12 @@
 """Losses straight from hidden states: the front door to the fused vocabulary projections.
 
-``eager`` defines the answer; ``chunked`` gives the same within rounding, in memory that does not grow with the rows.
+``eager`` defines the answer; ``chunked`` and ``triton`` give the same within rounding, in memory that does not grow
+with the rows. ``auto`` is ``triton`` where it can be, on a GPU, and otherwise ``chunked``, which can do everything.
 """
 
 import difflib
 from collections.abc import Iterable
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,11 +15,11 @@ from ..divergences import DIVERGENCES, Bucketed, Divergence
 from ..errors import ConfigError
 from ..types import Head
 from . import chunked, eager
-from .eager import logits
+from .eager import Parameters, logits
 
 __all__ = ["linear_cross_entropy", "linear_divergence", "logits"]
 
-Impl = Literal["auto", "eager", "chunked"]
+Impl = Literal["auto", "eager", "chunked", "triton"]
 
 
 @overload
@@ -69,14 +70,14 @@ def linear_divergence(
     with ``per_row``, also the values ``[N]``, detached. ``weights`` is ``[N]``. ``divergence`` is a name in
     ``DIVERGENCES`` or a function ``(p, q, **parameters)``, ``[..., V] -> [...]``, of each row alone; ``parameters`` are
     numbers, or tensors ``[N]`` that reach it as ``[N, 1]``. With ``top_k`` all tokens but the teacher's likeliest are
-    one bucket (``divergences.Bucketed``). ``byte_budget`` bounds what ``chunked`` takes beside inputs
-    and gradients (256 MiB on a CPU, else 1 GiB); one backward may run through its result. Raises ``ConfigError`` for an
-    unknown name, ``ValueError`` where shapes do not fit.
+    one bucket (``divergences.Bucketed``). ``byte_budget`` bounds what ``chunked`` and ``triton`` take
+    beside inputs and gradients (256 MiB on a CPU, else 1 GiB); one backward may run through their result. Raises
+    ``ConfigError`` for an unknown name and where ``triton``, asked for by name, cannot be: it has the named divergences
+    but ``adaptive_kl``, without ``top_k``, in float32 or less. ``ValueError`` where shapes do not fit.
     """
     function = DIVERGENCES[_known(divergence, DIVERGENCES, "divergence")] if isinstance(divergence, str) else divergence
     if top_k is not None:
         function = Bucketed(function, top_k)
-    chosen = _implementation(impl)
     num_rows = student.hidden.shape[0]
     _check_rows(num_rows, teacher=teacher.hidden, weights=weights)
     if _vocabulary(teacher) != _vocabulary(student):
@@ -86,11 +87,12 @@ def linear_divergence(
         )
     weights = weights.detach()
     rowwise = {k: v.detach().expand(num_rows) if isinstance(v, Tensor) else v for k, v in parameters.items()}
-    if chosen == "eager":
+    chosen = _implementation(impl, function, rowwise, teacher, student)
+    if chosen is eager:
         values = eager.divergence_rows(function, teacher, student, rowwise)
         total, values = _weighted_sum(weights, values), values.detach()
     else:
-        total, values = chunked.divergence_rows(function, teacher, student, weights, rowwise, byte_budget)
+        total, values = chosen.divergence_rows(function, teacher, student, weights, rowwise, byte_budget)
     return (total, values) if per_row else total
 
 
@@ -131,14 +133,14 @@ def linear_cross_entropy(
 
     As ``linear_divergence``, with ``labels`` ``[N]`` int64 for a teacher. A row whose label is ``IGNORE`` is worth 0.
     """
-    chosen = _implementation(impl)
     _check_rows(student.hidden.shape[0], labels=labels, weights=weights)
     weights = weights.detach()
-    if chosen == "eager":
+    chosen = _implementation(impl, None, {}, student)
+    if chosen is eager:
         values = eager.cross_entropy_rows(student, labels)
         total, values = _weighted_sum(weights, values), values.detach()
     else:
-        total, values = chunked.cross_entropy_rows(student, labels, weights, byte_budget)
+        total, values = chosen.cross_entropy_rows(student, labels, weights, byte_budget)
     return (total, values) if per_row else total
 
 
@@ -147,9 +149,25 @@ def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     return (weights.to(values.dtype) * values).sum()
 
 
-def _implementation(impl: str) -> str:
-    known = _known(impl, ("auto", "eager", "chunked"), "implementation")
-    return "chunked" if known == "auto" else known
+def _implementation(impl: str, divergence: Divergence | None, parameters: Parameters, *heads: Head) -> Any:
+    """The module that computes ``divergence``, None for the cross-entropy."""
+    known = _known(impl, ("auto", "eager", "chunked", "triton"), "implementation")
+    if known == "eager":
+        return eager
+    if known == "chunked" or (known == "auto" and not heads[-1].hidden.is_cuda):
+        return chunked
+    try:
+        from . import triton_rows
+    except ImportError as error:
+        if known == "auto":
+            return chunked
+        raise ConfigError(f"impl='triton' needs the package triton ({error}); install it, or take 'auto'") from error
+    obstacle = triton_rows.obstacle(divergence, parameters, *heads)
+    if known == "triton" and obstacle is not None:
+        raise ConfigError(f"impl='triton' {obstacle}; take impl='chunked', or 'auto', which chooses")
+    if known == "auto" and not (obstacle is None and triton_rows.works(heads[-1].hidden.device)):
+        return chunked
+    return triton_rows
 
 
 def _known(name: str, names: Iterable[str], what: str) -> str:

@@ -1,0 +1,348 @@
+"""What the head and the loss cost, forward and backward: ours beside other tools, on the same data in one process.
+
+    python benchmarks/linear_divergence.py                          # on a CPU: 402 rows of 1024, GPT-2's vocabulary
+    python benchmarks/linear_divergence.py --device cuda --output results.json
+
+Every contender gets the hidden states and unembeddings of a teacher and a student and gives the gradients of the
+student's. A tool that scores prompts and padding too gets all rows, as it would in training; the others get the
+responses. Times are medians of repetitions that take turns, as ratios to plain cross-entropy on the responses: CPU
+seconds on a CPU, events on a GPU. Memory is what is needed at most beside the inputs. The share of the peak is that of
+the products that cannot be avoided, whatever a contender computes, in what large products reach here.
+
+The other tools are optional. With the extra `bench`, in an environment of their own:
+
+    pip install -c constraints.txt torch
+    pip install -c constraints.txt -e '.[bench]'
+
+If the two ask for other versions than those: pip install --no-deps trl liger-kernel.
+"""
+
+import argparse
+import ctypes
+import gc
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from distillm.errors import ConfigError
+from distillm.kernels import linear_cross_entropy, linear_divergence
+from distillm.types import IGNORE, Head
+
+BETA, ALPHA = 0.5, 0.1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of GPT-2, Llama 3 and Qwen 2.5; widths of a student and a teacher; rows of responses.
+VOCABULARIES, WIDTHS, ROWS = [50_257, 128_256, 151_936], ["768:1600", "2048:4096"], [1024, 4096, 16_384]
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {"dtype": "float32", "vocabulary": [50_257], "widths": ["256:512"], "rows": [402], "share": 402 / 1024},
+    "cuda": {"dtype": "bfloat16", "vocabulary": VOCABULARIES, "widths": WIDTHS, "rows": ROWS, "share": 1.0},
+}
+FLOOR = "cross-entropy, plain"
+CANNOT = {ImportError: "not installed", ConfigError: "not here", torch.OutOfMemoryError: "out of memory"}
+
+
+@dataclass(frozen=True)
+class Case:
+    vocabulary: int
+    student_width: int
+    teacher_width: int
+    rows: int
+    all_rows: int
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """Hidden states of all rows, unembeddings, labels with ``IGNORE`` where no response is."""
+
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    student_hidden: Tensor
+    student_weight: Tensor
+    labels: Tensor
+
+    @property
+    def responses(self) -> Tensor:
+        return self.labels != IGNORE
+
+    def heads(self) -> tuple[Head, Head]:
+        """Of the responses alone."""
+        teacher, student = self.teacher_hidden[self.responses], self.student_hidden[self.responses]
+        return Head(teacher, self.teacher_weight), Head(student, self.student_weight)
+
+    def mean_weights(self) -> Tensor:
+        return torch.full((int(self.responses.sum()),), 1 / self.responses.sum().item(), device=self.labels.device)
+
+    def all_logits(self) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            teacher = F.linear(self.teacher_hidden, self.teacher_weight)
+        return teacher, F.linear(self.student_hidden, self.student_weight)
+
+
+Loss = Callable[[Data], Tensor]  # the mean over the responses
+
+
+def make_data(case: Case) -> Data:
+    generator = torch.Generator().manual_seed(0)
+
+    def model(width: int) -> list[Tensor]:
+        hidden = torch.randn(case.all_rows, width, generator=generator)
+        weight = torch.randn(case.vocabulary, width, generator=generator) * (2 * width**-0.5)
+        return [x.to(case.device, DTYPES[case.dtype]) for x in (hidden, weight)]
+
+    labels = torch.full((case.all_rows,), IGNORE)
+    chosen = torch.randperm(case.all_rows, generator=generator)[: case.rows]
+    labels[chosen] = torch.randint(case.vocabulary, (case.rows,), generator=generator)
+    student = [x.requires_grad_() for x in model(case.student_width)]
+    return Data(*model(case.teacher_width), *student, labels.to(case.device))
+
+
+def plain_cross_entropy(data: Data) -> Tensor:
+    _, student = data.heads()
+    logits = F.linear(student.hidden, data.student_weight)
+    return F.cross_entropy(logits.float(), data.labels[data.responses])
+
+
+def our_cross_entropy(impl: Any, data: Data) -> Tensor:
+    _, student = data.heads()
+    return linear_cross_entropy(student, data.labels[data.responses], data.mean_weights(), impl=impl)
+
+
+def ours(impl: Any, divergence: str, parameters: dict[str, Any], data: Data) -> Tensor:
+    return linear_divergence(divergence, *data.heads(), data.mean_weights(), impl=impl, **parameters)
+
+
+def bare_products(data: Data) -> Tensor:
+    """The products that a distillation loss cannot do without, and nothing else: the student's logits."""
+    teacher, student = data.heads()
+    F.linear(teacher.hidden, teacher.weight)
+    return F.linear(student.hidden, data.student_weight)
+
+
+def authors_skew_kl(data: Data) -> Tensor:
+    """Skew KL as its authors compute it: all rows, then the mask; the teacher's entropy, a constant, is left out."""
+    teacher, student = (x.float().softmax(-1) for x in data.all_logits())
+    cross = (teacher * (ALPHA * teacher + (1 - ALPHA) * student).log()).sum(-1)
+    return -(cross * data.responses).sum() / data.responses.sum()
+
+
+def trl_chunked(data: Data) -> Tensor:
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    loss, *_ = _chunked_divergence_loss(
+        data.student_hidden[None], data.teacher_hidden[None], data.student_weight, data.teacher_weight,
+        data.responses[None].long(), beta=BETA,
+    )  # fmt: skip
+    return loss
+
+
+def trl_full(data: Data) -> Tensor:
+    from trl.experimental.gkd import GKDTrainer
+
+    teacher, student = data.all_logits()
+    return GKDTrainer.generalized_jsd_loss(student[None], teacher[None], labels=data.labels[None], beta=BETA)
+
+
+def liger(data: Data) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    # Compiled, as it is by default, where it is meant to run. It defaults to half a cross-entropy.
+    compiled = data.labels.is_cuda
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA, compiled=compiled)
+    return loss(data.student_hidden, data.student_weight, data.teacher_hidden, data.teacher_weight, data.labels)
+
+
+def contenders() -> dict[str, Loss]:
+    impls = ["eager", "chunked", "triton"]
+    found: dict[str, Loss] = {FLOOR: plain_cross_entropy, "matrix products alone": bare_products}
+    found |= {f"cross-entropy, ours {impl}": partial(our_cross_entropy, impl) for impl in impls[1:]}
+    chosen = {"JSD": ("jsd", {"beta": BETA}), "KL": ("forward_kl", {}), "SKL": ("skew_kl", {"alpha": ALPHA})}
+    for label, (name, parameters) in chosen.items():
+        found |= {f"{label}, ours {impl}": partial(ours, impl, name, parameters) for impl in impls}
+    found["SKL, the authors' way"] = authors_skew_kl
+    found |= {"JSD, TRL chunked": trl_chunked, "JSD, TRL full logits": trl_full, "JSD, Liger fused": liger}
+    return found
+
+
+def run(loss: Loss, data: Data) -> float:
+    value = loss(data)
+    d_value = value.detach() if value.ndim else None  # any gradient of logits will do
+    torch.autograd.grad(value, (data.student_hidden, data.student_weight), d_value)
+    return math.nan if value.ndim else value.item()
+
+
+def seconds(call: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begun = time.process_time()
+    call()
+    return time.process_time() - begun
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def peak_memory(call: Callable[[], Any], device: str) -> int | None:
+    """Bytes beside what was there before; None where the system does not tell."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    reset = Path("/proc/self/clear_refs")
+    if not os.access(reset, os.W_OK):
+        return None
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what is free but kept would be used again and not be counted
+    reset.write_text("5", encoding="ascii")  # the highest resident size begins anew
+    before = resident("VmRSS")
+    call()
+    return resident("VmHWM") - before
+
+
+def peak_flops(device: str, dtype: str) -> float:
+    """What a large square product reaches, in operations a second of the clock that the table uses."""
+    size = 8192 if device == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
+    times = [seconds(lambda: a @ a, device) for _ in range(7)]
+    return 2 * size**3 / min(times[2:])
+
+
+def compare(case: Case, repetitions: int, console: Console) -> list[dict[str, Any]]:
+    data, results = make_data(case), {}
+    losses = contenders()
+    for name, loss in losses.items():
+        results[name] = result = {"name": name, "status": "ok", "times": []}
+        with console.status(f"{name}: first runs"):
+            try:
+                result["loss"] = run(loss, data)
+                result["peak_bytes"] = peak_memory(lambda loss=loss: run(loss, data), case.device)
+            except Exception as error:  # a contender that cannot run is named, and the others go on
+                status = next((text for kind, text in CANNOT.items() if isinstance(error, kind)), "failed")
+                result |= {"status": status, "why": f"{type(error).__name__}: {error}".splitlines()[0]}
+    for turn in range(repetitions):
+        with console.status(f"repetition {turn + 1} of {repetitions}"):
+            for name, loss in losses.items():
+                if results[name]["status"] == "ok":
+                    gc.collect()
+                    results[name]["times"].append(seconds(lambda loss=loss: run(loss, data), case.device))
+    return list(results.values())
+
+
+def needed_flops(case: Case, name: str) -> int:
+    teacher = 0 if name.startswith("cross-entropy") else case.teacher_width
+    return 2 * case.rows * case.vocabulary * (3 * case.student_width + teacher)
+
+
+def show(case: Case, results: list[dict[str, Any]], peak: float, console: Console) -> None:
+    widths = f"widths {case.student_width} (student) and {case.teacher_width}"
+    table = Table(title=f"{case.rows} responses of {case.all_rows} rows, V {case.vocabulary}, {widths}, {case.dtype}")
+    clock = "CPU seconds" if case.device == "cpu" else "seconds"
+    for column in ("", "ratio", clock, "least", "most", "extra MiB", "of peak", "loss"):
+        table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+    floor = next((statistics.median(r["times"]) for r in results if r["name"] == FLOOR and r["times"]), math.nan)
+    for result in results:
+        if result["status"] != "ok":
+            table.add_row(result["name"], result["status"])
+            continue
+        times, memory = result["times"], result["peak_bytes"]
+        result["seconds"] = median = statistics.median(times)
+        result["ratio"] = median / floor
+        result["share_of_peak"] = needed_flops(case, result["name"]) / median / peak
+        table.add_row(
+            result["name"],
+            f"{result['ratio']:.2f}",
+            *(f"{x:.4g}" for x in (median, min(times), max(times))),
+            "-" if memory is None else f"{memory / 2**20:,.0f}",
+            f"{result['share_of_peak']:.0%}",
+            "-" if math.isnan(result["loss"]) else f"{result['loss']:.5f}",
+        )
+    console.print(table)
+    for why in dict.fromkeys(f"{r['status']}: {r['why']}" for r in results if "why" in r):
+        console.print(why, markup=False)
+
+
+def machine(device: str) -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    if (told := Path("/proc/cpuinfo")).exists():
+        models = [line.split(":")[1].strip() for line in told.read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0] if models else cpu
+    installed = {found.name.lower().replace("-", "_"): found.version for found in distributions()}
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        **{name: installed.get(name, "not installed") for name in ("torch", "triton", "trl", "liger_kernel")},
+    }
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    for vocabulary, widths, rows in itertools.product(options.vocabulary, options.widths, options.rows):
+        student, teacher = map(int, widths.split(":"))
+        all_rows = math.ceil(rows / options.share)
+        yield Case(vocabulary, student, teacher, rows, all_rows, options.dtype, options.device)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="float32 on a CPU, else bfloat16")
+    parser.add_argument("--vocabulary", type=int, nargs="+")
+    parser.add_argument("--widths", nargs="+", metavar="STUDENT:TEACHER")
+    parser.add_argument("--rows", type=int, nargs="+", help="rows of responses")
+    parser.add_argument("--share", type=float, help="of the responses in all rows: 402/1024 on a CPU, else 1")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="write machine, settings, times and losses there, as JSON")
+    options = parser.parse_args()
+    for name, value in DEFAULTS[options.device].items():
+        setattr(options, name, getattr(options, name) or value)
+    return options
+
+
+def main() -> None:
+    options, console = parse(), Console(width=None if sys.stdout.isatty() else 120)
+    torch.set_num_threads(options.threads)
+    described = machine(options.device)
+    console.print(", ".join(f"{key} {value}" for key, value in described.items()), markup=False)
+    peak, written = peak_flops(options.device, options.dtype), []
+    console.print(f"a large product: {peak / 1e12:.3g} Tflop/s")
+    for case in cases(options):
+        results = compare(case, options.repetitions, console)
+        show(case, results, peak, console)
+        written.append({"case": vars(case), "results": results})
+        if options.output:
+            report = {"machine": described, "peak_flops": peak, "repetitions": options.repetitions, "cases": written}
+            options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The loop that the fused implementations share: a chunk of rows at a time, no ``[N, V]`` tensor for all ``N``.
+
+The forward pass goes over the rows once. For each *chunk* the logits are formed by one large product, then scored by
+*blocks*, whose gradient with respect to the product is written over it; two more products carry it to the hidden states
+and the weight. Backward only scales what the forward pass computed.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..types import Head
+from .eager import wide
+
+BYTE_BUDGET = {"cpu": 2**28}
+"""Bytes by device type, 1 GiB where not named, beside the inputs and the gradients returned."""
+
+BLOCK_BYTES = {"cpu": 2**23}
+"""Of which a block's tensors take this much, 256 MiB where not named: on a CPU, about what stays in cache."""
+
+
+class Block(NamedTuple):
+    """Rows to score: the product ``raw`` ``[n, V]`` of the student's head, and what is to be written.
+
+    ``values`` ``[n]`` gets what the rows are worth, ``target``, where given, the gradient of ``weights @ values`` with
+    respect to ``raw``. ``target`` may be ``raw`` itself.
+    """
+
+    raw: Tensor
+    weights: Tensor
+    values: Tensor
+    target: Tensor | None
+
+
+BlockScorer = Callable[[slice, Block], None]
+"""(the block's rows of the chunk, the block): writes its values and its gradient."""
+
+
+class Scorer(NamedTuple):
+    """``open`` readies a chunk of rows. The numbers say how much memory a row takes in a chunk and in a block."""
+
+    open: Callable[[slice], BlockScorer]
+    chunk_row_bytes: int
+    block_row_bytes: int
+
+
+class Gradients(NamedTuple):
+    """Of the student's head; None where none is wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+Sweep = Callable[[], tuple[Tensor, Tensor, Gradients]]
+
+
+class Projection:
+    """Forms the products of a head's chunks, one after the other, in one buffer.
+
+    Its rows begin at multiples of ``align`` entries, so that those of any vocabulary can be read in wide pieces. What
+    is between them are zeros.
+    """
+
+    def __init__(self, head: Head, align: int = 1) -> None:
+        device = head.hidden.device.type
+        if head.weight is not None and torch.is_autocast_enabled(device) and head.hidden.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            with torch.no_grad():
+                hidden, weight = head.hidden.to(dtype), head.weight.to(dtype)
+                head = head._replace(
+                    hidden=hidden, weight=weight, bias=head.bias if head.bias is None else head.bias.to(dtype)
+                )
+        self.head = head
+        self.num_tokens = head.hidden.shape[1] if head.weight is None else head.weight.shape[0]
+        self.row_length = 0 if head.weight is None else math.ceil(self.num_tokens / align) * align
+        self.row_bytes = self.row_length * head.hidden.itemsize
+        self.buffer: Tensor | None = None
+
+    def __call__(self, rows: slice) -> Tensor:
+        """The product of ``rows``: ``[n, V]``, which the next call overwrites. The first call must be the largest."""
+        hidden, weight, bias = self.head.hidden[rows], self.head.weight, self.head.bias
+        if weight is None:
+            return hidden
+        if self.buffer is None:
+            self.buffer = hidden.new_empty(len(hidden), self.row_length)
+            self.buffer[:, self.num_tokens :] = 0
+        out = self.buffer[: len(hidden), : self.num_tokens]
+        return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
+
+
+def fused(
+    scorer: Scorer, project: Projection, student: Head, weights: Tensor, byte_budget: int | None
+) -> tuple[Tensor, Tensor]:
+    """``weights @ values``, differentiable in ``student``, and the values ``[N]``; ``project`` is the student's."""
+    # Grad mode and autocast are read here: a Function's forward runs with the one off, and must run without the other.
+    sweep = partial(_sweep, scorer, project, student, wants(student), weights, byte_budget)
+    with torch.autocast(student.hidden.device.type, enabled=False):
+        return _Fused.apply(sweep, *student[:3])
+
+
+def wants(student: Head) -> list[bool]:
+    """Which of hidden, weight and bias need a gradient: none under ``no_grad``."""
+    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student[:3]]
+
+
+class _Fused(torch.autograd.Function):
+    """Runs ``sweep`` and keeps the gradients it made; the other inputs tell autograd whose gradients they are."""
+
+    @staticmethod
+    def forward(ctx: Any, sweep: Sweep, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+        total, values, ctx.gradients = sweep()
+        ctx.mark_non_differentiable(values)
+        return total, values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "second backward through a chunked loss: its gradients are made once, in the forward pass. "
+                "Compute the loss again, add up the losses before one backward, or use impl='eager'"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, *(None if g is None else g.mul_(upstream[0]) for g in gradients)
+
+
+def _sweep(
+    scorer: Scorer, project: Projection, student: Head, wanted: list[bool], weights: Tensor, byte_budget: int | None
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Score all rows: ``weights @ values``, the values ``[N]``, and the gradients of the former."""
+    head, dtype, num_rows = project.head, wide(project.head.hidden.dtype), len(student.hidden)
+    weights = weights.to(dtype).contiguous()
+    values = torch.empty_like(weights)
+    # Whatever the dtype of the weight, sums over rows are kept in float32 until they are complete.
+    dtypes = student.hidden.dtype, dtype, dtype
+    tensors = [(x if w else None, d) for x, w, d in zip(student[:3], wanted, dtypes, strict=True)]
+    grads = Gradients(*(None if x is None else torch.zeros_like(x, dtype=d) for x, d in tensors))
+    chunk, block = row_counts(scorer, project, num_rows, byte_budget)
+    for rows in slices(num_rows, chunk):
+        raw, score = project(rows), scorer.open(rows)
+        target = raw if head.weight is not None else None if grads.hidden is None else grads.hidden[rows]
+        target = target if any(wanted) else None
+        for part in slices(len(raw), block):
+            d_raw = None if target is None else target[part]
+            score(part, Block(raw[part], weights[rows][part], values[rows][part], d_raw))
+        if head.weight is not None:
+            _carry(raw, rows, head.hidden[rows], head.weight, grads)
+    done = Gradients(
+        *(None if g is None or x is None else g.to(x.dtype) for g, (x, _) in zip(grads, tensors, strict=True))
+    )
+    return weights @ values, values, done
+
+
+def _carry(d_raw: Tensor, rows: slice, hidden: Tensor, weight: Tensor, grads: Gradients) -> None:
+    """From the gradient of a chunk's product to those of its hidden states, the weight and the bias."""
+    if grads.hidden is not None:
+        grads.hidden[rows] = d_raw @ weight
+    if grads.weight is not None:
+        if grads.weight.dtype == d_raw.dtype:
+            grads.weight.addmm_(d_raw.T, hidden)
+        else:
+            grads.weight.add_(d_raw.T @ hidden)
+    if grads.bias is not None:
+        grads.bias.add_(d_raw.sum(0, dtype=grads.bias.dtype))
+
+
+def row_counts(scorer: Scorer, project: Projection, num_rows: int, byte_budget: int | None) -> tuple[int, int]:
+    """Rows of a chunk and of a block: as many as ``byte_budget`` holds, at least one, in chunks of about one size.
+
+    Where scoring takes no memory of its own, a chunk is one block.
+    """
+    chunk_row, block_row = scorer.chunk_row_bytes + project.row_bytes, scorer.block_row_bytes
+    device = project.head.hidden.device.type
+    byte_budget = BYTE_BUDGET.get(device, 2**30) if byte_budget is None else byte_budget
+    block = 1
+    if block_row:
+        block = max(min(byte_budget // (chunk_row + block_row), BLOCK_BYTES.get(device, 2**28) // block_row), 1)
+    chunk = max((byte_budget - block * block_row) // chunk_row, block) if chunk_row else max(num_rows, 1)
+    num_chunks = max(math.ceil(num_rows / chunk), 1)
+    chunk = max(math.ceil(num_rows / num_chunks), 1)
+    return chunk, block if block_row else chunk
+
+
+def slices(num_rows: int, size: int) -> Iterator[slice]:
+    """``num_rows`` rows, ``size`` at a time."""
+    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))

@@ -1,0 +1,288 @@
+"""The rows of a chunk scored by Triton, one program a row: values, and the gradient written over the student's logits.
+
+A row is read in tiles, up to three times: for the statistics of both softmaxes, for the value and ``sum G``, for the
+gradient ``dz = G - q sum G``. Sums are kept lane by lane and reduced once at the end of a pass, so that no tile waits
+for the one before. The formulas are those of ``closed_form``, in float32 and with logarithms to base 2, which is
+what the hardware has: ``log 0`` is finite, and an infinite entry reports itself in the value and has no slope.
+"""
+
+# The values of a kernel have no types before it is compiled, and calls between kernels are typed as never returning.
+# pyright: basic, reportGeneralTypeIssues=false
+
+import triton
+import triton.language as tl
+
+FLOOR = tl.constexpr(-1e30)
+UNCOVERED = tl.constexpr(5e29)
+INF = tl.constexpr(float("inf"))
+TINY = tl.constexpr(2.0**-126)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NO_LABEL = tl.constexpr(-100)
+
+
+@triton.jit
+def probe_kernel(out, TERMS: tl.constexpr):
+    """Whether anything can be compiled and run, with a function among its arguments, as Triton 3.3 can."""
+    x = tl.load(out)
+    _, g = TERMS(x, x, x, x, x, x)
+    tl.store(out, g)
+
+
+@triton.jit
+def _logits(row, columns, num_tokens, width, stride, scale, softcap):
+    """A tile of the logits, ``-inf`` outside the vocabulary, and their slope in the product that was stored.
+
+    The row may be read up to ``width``, which is a round number wherever it can be: a load is as wide as its mask.
+    """
+    z = tl.load(row + columns.to(tl.int64) * stride, mask=columns < width, other=0.0).to(tl.float32) * scale
+    slope = scale
+    if softcap is not None:
+        # tanh by an exponential that cannot overflow; there is none that every backend has.
+        e = tl.exp2(tl.abs(z / softcap) * (-2 * LOG2E))
+        t = softcap * (1 - e) / (1 + e)
+        z = tl.where(z < 0, -t, t)
+        slope = scale * 4 * e / ((1 + e) * (1 + e))
+    return tl.where(columns < num_tokens, z, -INF), slope
+
+
+@triton.jit
+def _observe(z, top):
+    """A lane's largest logit so far, never below ``FLOOR``, and the factors of the sum it had and of ``z``'s own 1."""
+    gap = z - top
+    e = tl.exp2(tl.abs(gap) * -LOG2E)
+    return tl.maximum(z, top), tl.where(gap > 0, e, 1.0), tl.where(gap > 0, 1.0, e)
+
+
+@triton.jit
+def _normaliser(top, mass):
+    """The row's largest logit and the logarithm of the sum of ``exp(z - top)``, NaN where the row has no mass.
+
+    They stay apart: their sum would cost large logits their digits.
+    """
+    most = tl.max(top, 0)
+    total = tl.sum(mass * tl.exp2((top - most) * LOG2E), 0)
+    return most, tl.where(total > 0, tl.log2(total), float("nan"))
+
+
+@triton.jit
+def _log_softmax(z, top, log_mass):
+    """``log q``, about ``FLOOR`` where it is ``-inf``, and ``q``. A NaN is in ``log_mass``: the maximum may drop it."""
+    log_q = (tl.maximum(z, FLOOR) - top) * LOG2E - log_mass
+    return log_q, tl.exp2(log_q)
+
+
+@triton.jit
+def _gap(log_a, log_b):
+    """``log(a / b)`` to base e."""
+    return (log_a - log_b) * LN2
+
+
+@triton.jit
+def _log_mixture(p, q, weight):
+    """``m = weight p + (1 - weight) q``, at least the smallest normal number, and its logarithm."""
+    m = tl.maximum(weight * p + (1 - weight) * q, TINY, propagate_nan=tl.PropagateNan.ALL)
+    return m, tl.log2(m)
+
+
+# The terms of a divergence: (log p, log q, p, q, its two numbers) -> what a token adds to the value, and its G.
+
+
+@triton.jit
+def forward_kl(log_p, log_q, p, q, a, b):
+    """``G = -p``."""
+    gap = _gap(log_p, log_q)
+    uncovered = gap > UNCOVERED
+    return tl.where(uncovered, INF, p * gap), tl.where(uncovered, 0.0, -p)
+
+
+@triton.jit
+def reverse_kl(log_p, log_q, p, q, a, b):
+    """``G = q (log(q / p) + 1)``."""
+    gap = _gap(log_q, log_p)
+    uncovered = gap > UNCOVERED
+    return tl.where(uncovered, INF, q * gap), tl.where(uncovered, 0.0, q * (gap + 1))
+
+
+@triton.jit
+def skew_kl(log_p, log_q, p, q, a, b):
+    """``G = -(1 - a) p q / m``, ``m = a p + (1 - a) q``, for ``a > 0``."""
+    m, log_m = _log_mixture(p, q, a)
+    return p * _gap(log_p, log_m), (a - 1) * p * (q / m)
+
+
+@triton.jit
+def skew_reverse_kl(log_p, log_q, p, q, a, b):
+    """``G = q (log(q / m) - a q / m)``, ``m = (1 - a) p + a q``, for ``a > 0``."""
+    m, log_m = _log_mixture(q, p, a)
+    gap = _gap(log_q, log_m)
+    return q * gap, q * (gap - a * (q / m))
+
+
+@triton.jit
+def skew_kl_by_row(log_p, log_q, p, q, a, b):
+    """``skew_kl``, for ``a = 0`` too, where ``m = q`` may underflow."""
+    value, g = skew_kl(log_p, log_q, p, q, a, b)
+    plain, plain_g = forward_kl(log_p, log_q, p, q, a, b)
+    return tl.where(a == 0, plain, value), tl.where(a == 0, plain_g, g)
+
+
+@triton.jit
+def skew_reverse_kl_by_row(log_p, log_q, p, q, a, b):
+    """``skew_reverse_kl``, for ``a = 0`` too, where ``m = p`` may underflow."""
+    value, g = skew_reverse_kl(log_p, log_q, p, q, a, b)
+    plain, plain_g = reverse_kl(log_p, log_q, p, q, a, b)
+    return tl.where(a == 0, plain, value), tl.where(a == 0, plain_g, g)
+
+
+@triton.jit
+def jsd(log_p, log_q, p, q, a, b):
+    """``G = (1 - a) q log(q / m)``, ``m = a p + (1 - a) q``."""
+    _, log_m = _log_mixture(p, q, a)
+    g = (1 - a) * q * _gap(log_q, log_m)
+    return a * p * _gap(log_p, log_m) + g, g
+
+
+@triton.jit
+def total_variation(log_p, log_q, p, q, a, b):
+    """``G = q sign(q - p) / 2``."""
+    return 0.5 * tl.abs(q - p), tl.where(q > p, 0.5 * q, tl.where(q < p, -0.5 * q, 0.0))
+
+
+@triton.jit
+def symmetric_kl(log_p, log_q, p, q, a, b):
+    """``G = (1 - a) G_forward + a G_reverse``; a part of weight 0 is never infinite."""
+    gap = _gap(log_p, log_q)
+    above, below = gap > UNCOVERED, gap < -UNCOVERED
+    forward = tl.where(above, 0.0, -p)
+    reverse = tl.where(below, 0.0, q * (1 - gap))
+    value = tl.where(above | below, 0.0, ((1 - a) * p - a * q) * gap)
+    infinite_part = tl.where(above, 1 - a, tl.where(below, a, 0.0))
+    return tl.where(infinite_part > 0, INF, value), (1 - a) * forward + a * reverse
+
+
+@triton.jit
+def alpha_beta(log_p, log_q, p, q, a, b):
+    """``G = (q^(a + b) - p^a q^b) / a``."""
+    both = tl.exp2(a * log_p + b * log_q)
+    own, other = tl.exp2((a + b) * log_p), tl.exp2((a + b) * log_q)
+    return ((a * own + b * other) / (a + b) - both) / (a * b), (other - both) / a
+
+
+@triton.jit
+def alpha_only(log_p, log_q, p, q, a, b):
+    """The limit ``b = 0`` of ``alpha_beta``: ``G = (q^a - p^a) / a``."""
+    gap = _gap(log_p, log_q)
+    uncovered = gap > UNCOVERED
+    own, other = tl.exp2(a * log_p), tl.exp2(a * log_q)
+    value = (gap * own * a + other - own) / (a * a)
+    return tl.where(uncovered, INF, value), tl.where(uncovered, 0.0, (other - own) / a)
+
+
+@triton.jit
+def beta_only(log_p, log_q, p, q, a, b):
+    """The limit ``a = 0`` of ``alpha_beta``: ``G = q^b log(q / p)``."""
+    gap = _gap(log_q, log_p)
+    uncovered = gap > UNCOVERED
+    own, other = tl.exp2(b * log_p), tl.exp2(b * log_q)
+    g = gap * other
+    return tl.where(uncovered, INF, (b * g + own - other) / (b * b)), tl.where(uncovered, 0.0, g)
+
+
+@triton.jit
+def divergence_kernel(
+    teacher, teacher_row, teacher_step, teacher_width, teacher_scale, teacher_cap,
+    student, student_row, student_step, student_width, student_scale, student_cap,
+    target, target_row, target_step, weights, values, per_row, a, b, num_tokens,
+    TERMS: tl.constexpr, KNOWN_SUM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """``values[row]``, and ``target[row]``, its gradient times ``weights[row]``, where there is a ``target``.
+
+    ``per_row``, where given, holds ``a`` for each row. With ``KNOWN_SUM``, which is for ``forward_kl``, ``sum G`` is
+    taken from the first pass, and the other two are one.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    teacher += row * teacher_row
+    student += row * student_row
+    weight = tl.load(weights + row)
+    if per_row is not None:
+        a = tl.load(per_row + row)
+    lanes = tl.arange(0, TILE)
+    p_top = tl.full([TILE], FLOOR, tl.float32)
+    p_mass = tl.zeros([TILE], tl.float32)
+    q_top, q_mass, covered = p_top, p_mass, p_mass
+    for start in range(0, num_tokens, TILE):
+        columns = start + lanes
+        zp, _ = _logits(teacher, columns, num_tokens, teacher_width, teacher_step, teacher_scale, teacher_cap)
+        zq, _ = _logits(student, columns, num_tokens, student_width, student_step, student_scale, student_cap)
+        p_top, kept, new = _observe(zp, p_top)
+        p_mass = p_mass * kept + new
+        if KNOWN_SUM:
+            covered = covered * kept + tl.where(zq == -INF, 0.0, new)
+        q_top, kept, new = _observe(zq, q_top)
+        q_mass = q_mass * kept + new
+    g_sum = 0.0
+    if KNOWN_SUM:
+        scale = tl.exp2((p_top - tl.max(p_top, 0)) * LOG2E)
+        g_sum = -tl.sum(covered * scale, 0) / tl.sum(p_mass * scale, 0)
+    p_top, p_log_mass = _normaliser(p_top, p_mass)
+    q_top, q_log_mass = _normaliser(q_top, q_mass)
+
+    num_passes: tl.constexpr = 1 if target is None or KNOWN_SUM else 2
+    for step in tl.static_range(num_passes):
+        value, g_lanes = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+        for start in range(0, num_tokens, TILE):
+            columns = start + lanes
+            zp, _ = _logits(teacher, columns, num_tokens, teacher_width, teacher_step, teacher_scale, teacher_cap)
+            zq, slope = _logits(student, columns, num_tokens, student_width, student_step, student_scale, student_cap)
+            log_p, p = _log_softmax(zp, p_top, p_log_mass)
+            log_q, q = _log_softmax(zq, q_top, q_log_mass)
+            term, g = TERMS(log_p, log_q, p, q, a, b)
+            if step == 0:
+                value += term
+                g_lanes += g
+            if target is not None and step == num_passes - 1:
+                dz = (g - q * g_sum) * slope * weight
+                place = target + row * target_row + columns.to(tl.int64) * target_step
+                tl.store(place, dz, mask=columns < student_width)
+        if step == 0:
+            tl.store(values + row, tl.sum(value, 0))
+            if num_passes == 2:
+                g_sum = tl.sum(g_lanes, 0)
+
+
+@triton.jit
+def cross_entropy_kernel(
+    student, student_row, student_step, student_width, scale, softcap, target, target_row, target_step,
+    labels, weights, values, num_tokens, TILE: tl.constexpr,
+):  # fmt: skip
+    """``values[row] = -log q[label]``, and its gradient times ``weights[row]``; both 0 where there is no label.
+
+    A label outside the vocabulary has the value NaN: it cannot stop the program, and must not be taken for one.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_row
+    label = tl.load(labels + row)
+    known = (label >= 0) & (label < num_tokens)
+    # Read before the sums: behind them a faster warp may have written its gradient over it.
+    chosen, _ = _logits(student, tl.where(known, label, 0), num_tokens, student_width, student_step, scale, softcap)
+    lanes = tl.arange(0, TILE)
+    top = tl.full([TILE], FLOOR, tl.float32)
+    mass = tl.zeros([TILE], tl.float32)
+    for start in range(0, num_tokens, TILE):
+        columns = start + lanes
+        z, _ = _logits(student, columns, num_tokens, student_width, student_step, scale, softcap)
+        top, kept, new = _observe(z, top)
+        mass = mass * kept + new
+    top, log_mass = _normaliser(top, mass)
+    value = tl.where(known, log_mass * LN2 - (chosen - top), float("nan"))
+    tl.store(values + row, tl.where(label == NO_LABEL, 0.0, value))
+    if target is not None:
+        weight = tl.load(weights + row)
+        for start in range(0, num_tokens, TILE):
+            columns = start + lanes
+            z, slope = _logits(student, columns, num_tokens, student_width, student_step, scale, softcap)
+            q = tl.exp2((z - top) * LOG2E - log_mass)
+            dz = tl.where(columns == label, q - 1, q) * slope * weight
+            place = target + row * target_row + columns.to(tl.int64) * target_step
+            tl.store(place, tl.where(label == NO_LABEL, 0.0, dz), mask=columns < student_width)
