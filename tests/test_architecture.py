@@ -23,7 +23,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = {
     0: ["types.py", "errors.py"],
     1: ["divergences.py", "schedules.py", "explain.py", "tasks/", "known/", "writing.py"],
-    2: ["kernels/", "data/", "models.py", "heads.py", "vocabulary.py", "generation.py", "adapters.py", "teacher_cache.py"],
+    2: [
+        "kernels/",
+        "data/",
+        "models.py",
+        "heads.py",
+        "vocabulary.py",
+        "generation.py",
+        "adapters.py",
+        "teacher_cache.py",
+    ],
     3: ["scoring.py", "sources.py", "teacher.py"],
     4: ["losses.py", "policy_gradient.py", "contrastive.py", "theory.py"],
     5: ["methods.py"],

@@ -34,8 +34,7 @@ def numbered(prompts: Sequence[Example], state: State, *, steps: Sequence[int] |
     steps = steps or [state.step] * len(prompts)
     places = [i - steps.index(step) for i, step in enumerate(steps)]
     return [
-        answer(p, [step, place], "student", state.step)
-        for p, step, place in zip(prompts, steps, places, strict=True)
+        answer(p, [step, place], "student", state.step) for p, step, place in zip(prompts, steps, places, strict=True)
     ]
 
 
@@ -296,9 +295,7 @@ def stale(staleness: int, calls: list[int], phi: float = 0.7, ratio: Any = 0.5, 
 @pytest.mark.parametrize("ratio", ["constant", "decreasing", "increasing"])
 def test_writing_ahead_changes_how_old_rows_are_and_nothing_else(ratio: str, train_on_fresh: bool) -> None:
     total, calls = 80, {k: list[int]() for k in (0, 1, 7)}
-    draws = {
-        k: run(stale(k, calls[k], ratio=REPLAY_RATIO[ratio], train_on_fresh=train_on_fresh), total) for k in calls
-    }
+    draws = {k: run(stale(k, calls[k], ratio=REPLAY_RATIO[ratio], train_on_fresh=train_on_fresh), total) for k in calls}
     for k, found in draws.items():
         assert [d.batch for d in found] == [d.batch for d in draws[0]]
         # Which rows, answered for which step: what a response is does not depend on when it is written.

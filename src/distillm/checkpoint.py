@@ -122,7 +122,9 @@ def load_checkpoint(
         buffer.rows.clear()
         buffer.rows.extend(Example(**row) for row in saved["buffer"])
         buffer.ahead.clear()
-        buffer.ahead.update({int(step): [Example(**row) for row in rows] for step, rows in saved.get("ahead", {}).items()})
+        buffer.ahead.update(
+            {int(step): [Example(**row) for row in rows] for step, rows in saved.get("ahead", {}).items()}
+        )
         version, internal, gauss = saved["python_random"]
         random.setstate((version, tuple(internal), gauss))
         _restore_generators(generators, saved["numpy_random"])

@@ -151,9 +151,7 @@ def minillm(
 ) -> Method:
     """Sequence-level reverse KL by policy gradient on teacher-mixed student responses. MiniLLM, arXiv:2306.08543."""
 
-    def generate(
-        prompts: Sequence[Example], state: State, *, steps: Sequence[int] | None = None
-    ) -> list[Example]:
+    def generate(prompts: Sequence[Example], state: State, *, steps: Sequence[int] | None = None) -> list[Example]:
         return context.generate(prompts, state, steps=steps, teacher_mix=teacher_mix, keep_log_probs=True)
 
     source = sources.student_rows(
