@@ -30,6 +30,7 @@ def writer(pair: Pair) -> Any:
         *,
         writer: Any = "student",
         teacher_mix: float = 0.0,
+        steps: Sequence[int] | None = None,
         keep_log_probs: bool = False,
     ) -> list[Example]:
         model: Any = pair.student if writer == "student" else pair.teacher
@@ -44,6 +45,7 @@ def writer(pair: Pair) -> Any:
             step=state.step,
             origin=writer,
             mixture=mixture,
+            steps=steps,
             keep_log_probs=keep_log_probs,
         )
 

@@ -38,7 +38,7 @@ TEXT = [text_row(0, 11), text_row(1, 4), text_row(2, 7)]
 TEXT_WEIGHT = 0.3
 
 
-def answering(pair: Any, prompts_: Sequence[Example], state: State) -> list[Example]:
+def answering(pair: Any, prompts_: Sequence[Example], state: State, **_: Any) -> list[Example]:
     return generate(
         pair.student, prompts_, Sampling(6), layout=Layout(0), end_ids=[1], num_tokens=NUM_TOKENS, step=state.step
     )
