@@ -68,7 +68,8 @@ def test_every_step_is_logged_with_its_figures(folder: Path):
     adaptive = {"probability", "replay_ratio", "buffer", "buffer_age"} if folder.name == "distillm" else set()
     for entry in steps:
         cut = {"truncated"} if entry["batch"] == "generated" else set()
-        assert entry.keys() == common | adaptive | cut
+        ages = set[str]() if entry["batch"] == "dataset" else {"age", "oldest"}
+        assert entry.keys() == common | adaptive | cut | ages
         assert entry["terms"].keys() == entry["counts"].keys() == TERMS[folder.name]
         weight = 0.5 if folder.name == "kd" else 1.0
         assert entry["loss"] == pytest.approx(sum(weight * value for value in entry["terms"].values()))

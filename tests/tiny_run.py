@@ -119,8 +119,9 @@ def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 def scores(folder: Path) -> dict[str, Any]:
-    """Every ``eval/*.json`` by file name."""
-    return {p.name: json.loads(p.read_text(encoding="utf-8")) for p in sorted((folder / "eval").glob("*.json"))}
+    """Every ``eval/*.json`` by file name, but for how fast it was made."""
+    found = {p.name: json.loads(p.read_text(encoding="utf-8")) for p in sorted((folder / "eval").glob("*.json"))}
+    return {name: {k: v for k, v in result.items() if k != "speed"} for name, result in found.items()}
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
