@@ -281,7 +281,8 @@ def stale(staleness: int, calls: list[int], phi: float = 0.7, ratio: Any = 0.5, 
         calls.append(len(prompts))
         return numbered(prompts, state, steps=steps)
 
-    buffer = rest.pop("buffer", None) or ReplayBuffer(40)
+    buffer = rest.pop("buffer", None)
+    buffer = ReplayBuffer(40) if buffer is None else buffer  # an empty one is false
     schedule = ratio if callable(ratio) else constant(ratio)
     replay = Replay(buffer, schedule, **rest)
     data, phi_ = dataset(ROWS, 4, 7), constant(phi)
@@ -319,8 +320,9 @@ def test_rows_written_ahead_are_kept_for_a_resumed_run_and_the_last_step_has_non
     buffer = ReplayBuffer(40)
     source = stale(5, [], buffer=buffer)
     first: list[Draw] = []
-    while not buffer.ahead:
+    while not buffer.ahead and len(first) < 30:
         first.append(source(State(len(first), 30)))
+    assert buffer.ahead
     resumed = ReplayBuffer(40)
     resumed.rows.extend(buffer.rows)
     resumed.ahead.update({step: list(rows) for step, rows in buffer.ahead.items()})
