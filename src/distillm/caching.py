@@ -16,7 +16,7 @@ from .config import Run, Teacher
 from .method_settings import Distillation, Distillm2, MiniLlm
 from .methods import Method
 from .models import fingerprint
-from .teacher_cache import Disk, Memory, Store, TeacherCache
+from .teacher_cache import Disk, Memory, TeacherCache
 from .types import Example
 
 MEMORY_SHARE = 0.25
@@ -65,18 +65,20 @@ def make_cache(
         note(f"teacher cache: {where[kind]} ({room})")
         if kind == "off":
             return None
-        once = frozenset(e.id for e in [*tests, *([] if again else train)])
-    else:
-        once = frozenset[str]()  # what this run reads once another may read again
-    store: Store = Memory(memory)
-    name = teacher_name(models, given)
+    # Chosen by auto, states are for this run; whoever asks for a place by name may mean another run.
+    passing = [*tests, *(train if kind == "memory" and not again else [])] if given.cache == "auto" else []
+    store, name = Memory(memory), "of this run"
     if kind == "disk":
+        name = teacher_name(models, given)
         about = {"teacher": str(given.path or "the student without its adapter"), "width": _width(models)}
         store = Disk(_folder(given), name, int(given.cache_gib * 2**30), note, about)
-        once = frozenset(e.id for e in tests) if given.cache == "auto" else once
     cpu = models.pair.device.type == "cpu"
     return TeacherCache(
-        name, store, Memory(memory) if replayed else None, given.cache_batch_size or (1 if cpu else 32), once
+        name,
+        store,
+        Memory(memory) if replayed else None,
+        given.cache_batch_size or (1 if cpu else 32),
+        frozenset(example.id for example in passing),
     )
 
 

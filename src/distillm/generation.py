@@ -189,14 +189,11 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(_context(prompts[i], origin)), reverse=True)
     answers: dict[int, Example] = {}
-
-    def step_of(i: int) -> int:
-        return step if steps is None else steps[i]
-
+    steps = [step] * len(prompts) if steps is None else steps
     for at in range(0, len(order), batch_size):
         rows = order[at : at + batch_size]
         contexts = [_context(prompts[i], origin) for i in rows]
-        draws = np.stack([uniforms(seed, step_of(i), prompts[i].id, sampling.max_new_tokens) for i in rows])
+        draws = np.stack([uniforms(seed, steps[i], prompts[i].id, sampling.max_new_tokens) for i in rows])
         drawn = _respond(model, contexts, sampling, draws, layout, end_ids, num_tokens, mixture, keep_log_probs)
         if any(drawn.bad):
             raise _not_finite([prompts[i].id for i in rows], sum(drawn.bad))

@@ -132,10 +132,9 @@ def student_rows(
     """
     ahead = {} if ahead is None else ahead
 
-    def plan(state: State) -> tuple[float, float, bool]:
-        """The step's coin, its probability of student rows, and whether the schedules have it generate."""
-        u, phi = keyed(seed, "replay", state.step).random(), probability(state)
-        return u, phi, u < phi * (1.0 if replay is None else replay.ratio(state))
+    def scheduled(u: float, state: State) -> bool:
+        """Whether a step with the coin ``u`` generates, as far as the schedules say."""
+        return u < probability(state) * (1.0 if replay is None else replay.ratio(state))
 
     def fresh_rows(state: State, prompts: list[Example]) -> list[Example]:
         if state.step in ahead:
@@ -143,7 +142,7 @@ def student_rows(
         asked = {state.step: prompts}
         for step in range(state.step + 1, min(state.step + max_staleness + 1, state.total_steps)):
             later = replace(state, step=step)
-            if step not in ahead and plan(later)[2]:
+            if step not in ahead and scheduled(keyed(seed, "replay", step).random(), later):
                 asked[step] = data(later).rows
         steps = [step for step, rows in asked.items() for _ in rows]
         written = generate([row for rows in asked.values() for row in rows], state, steps=steps)
@@ -152,14 +151,15 @@ def student_rows(
         return ahead.pop(state.step)
 
     def source(state: State) -> Draw:
-        u, phi, scheduled = plan(state)
+        rng = keyed(seed, "replay", state.step)
+        u, phi = rng.random(), probability(state)
         figures: dict[str, float | None] = {"probability": phi}
         drawn = data(state)
         if u < phi:
             short = replay is not None and (
                 (replay.fill_first and not replay.buffer.full) or len(replay.buffer) < len(drawn.rows)
             )
-            generated = fresh_rows(state, drawn.rows) if scheduled or short else []
+            generated = fresh_rows(state, drawn.rows) if short or scheduled(u, state) else []
             if generated:
                 figures["truncated"] = sum(truncated(row, end_ids) for row in generated)
             if replay is not None:
@@ -167,8 +167,6 @@ def student_rows(
             if replay is None or (generated and replay.train_on_fresh):
                 rows = generated
             else:
-                rng = keyed(seed, "replay", state.step)
-                rng.random()  # the coin
                 rows = rng.sample(list(replay.buffer.rows), min(len(drawn.rows), len(replay.buffer)))
             drawn = Draw(rows, "generated" if generated else "replayed")
             ages = [state.step - row.born for row in rows]

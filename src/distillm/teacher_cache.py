@@ -4,6 +4,7 @@ The logits are those states times the unembedding, so nothing is lost, and a row
 logits. States are found by what made them: the teacher, the precision, and the tokens and targets it read.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from .errors import ConfigError, StorageError
 from .types import Example, as_teacher_reads
+from .writing import replacing, write_text
 
 Read = Callable[[Sequence[Example]], Sequence[Tensor]]
 """Lets the teacher read rows: the states ``[n, d]`` of each row's target tokens."""
@@ -80,9 +82,9 @@ class Disk:
             self.folder.mkdir(parents=True, exist_ok=True)
             described = self.folder / ABOUT
             if not described.exists():
-                _replace(described, lambda scratch: scratch.write_text(json.dumps(about or {}), encoding="utf-8"))
+                write_text(described, json.dumps(about or {}))
             self.size = sum(entry.size for entry in entries(root))
-        except OSError as error:
+        except (OSError, StorageError) as error:
             raise StorageError(f"the teacher cache {root} cannot be used: {error}; set teacher.cache_folder") from error
 
     def get(self, key: str) -> Tensor | None:
@@ -93,7 +95,6 @@ class Disk:
                 states, said = file.get_tensor("states"), file.metadata() or {}
             if said != {"key": key, "crc32": _checksum(states)}:
                 raise SafetensorError("its checksum is another one")
-            os.utime(path)  # what is used is not what goes first
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, ValueError) as error:
@@ -101,6 +102,8 @@ class Disk:
             with suppress(OSError):
                 path.unlink()
             return None
+        with suppress(OSError):  # evicted meanwhile, or another user's
+            os.utime(path)  # what is used is not what goes first
         return states
 
     def put(self, key: str, states: Tensor) -> None:
@@ -111,7 +114,8 @@ class Disk:
         said = {"key": key, "crc32": _checksum(states)}
         try:
             path.parent.mkdir(exist_ok=True)
-            _replace(path, lambda scratch: save_file({"states": states.contiguous()}, scratch, said))
+            with replacing(path) as scratch:
+                save_file({"states": states.contiguous()}, scratch, said)
         except (OSError, SafetensorError) as error:
             self.writes = False
             self.note(f"the teacher cache {self.root} takes nothing more ({error}); the run goes on without")
@@ -135,9 +139,9 @@ class Entry(NamedTuple):
     used: float
 
 
-def entries(root: Path) -> Iterator[Entry]:
-    """The files of states in ``root``, all teachers'."""
-    for path in root.glob("*/??/*.safetensors"):
+def entries(root: Path, teacher: str | None = None) -> Iterator[Entry]:
+    """The files of states in ``root``, those of one teacher or all."""
+    for path in root.glob(f"{'*' if teacher is None else glob.escape(teacher)}/??/*.safetensors"):
         with suppress(FileNotFoundError):  # another process may evict
             found = path.stat()
             yield Entry(path, found.st_size, found.st_mtime)
@@ -178,7 +182,7 @@ def teachers(root: Path) -> list[Kept]:
             teacher = str(about["teacher"])
         except (OSError, ValueError, KeyError, TypeError):
             teacher = "?"  # of a process that was killed, or not ours
-        files = [entry for entry in entries(root) if entry.path.parents[1] == described.parent]
+        files = list(entries(root, described.parent.name))
         used = max((entry.used for entry in files), default=None)
         size = sum(entry.size for entry in files)
         found.append(Kept(described.parent.name, teacher, len(files), size, used))
@@ -199,9 +203,8 @@ def clear(root: Path, name: str | None = None) -> int:
         raise ConfigError(f"{root} keeps nothing of {name}; it keeps: {there}")
     try:
         for kept in chosen:  # only what is recognised as ours: the folder may be any that a user names
-            for entry in entries(root):
-                if entry.path.parents[1].name == kept.name:
-                    entry.path.unlink(missing_ok=True)
+            for entry in entries(root, kept.name):
+                entry.path.unlink(missing_ok=True)
             (root / kept.name / ABOUT).unlink(missing_ok=True)
             for folder in [*(root / kept.name).glob("??"), root / kept.name]:
                 with suppress(OSError):  # not empty: what is not ours stays
@@ -272,12 +275,3 @@ def _precision() -> str:
 
 def _checksum(states: Tensor) -> str:
     return f"{zlib.crc32(states.contiguous().view(torch.uint8).numpy().data):08x}"
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(scratch)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

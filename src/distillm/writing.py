@@ -1,9 +1,22 @@
 """Files that are there whole or not at all; imports nothing heavy, so that quick commands may write too."""
 
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import StorageError
+
+
+@contextmanager
+def replacing(path: Path) -> Generator[Path]:
+    """A scratch file that takes the place of ``path`` when the block ends well, and vanishes when it does not."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -12,13 +25,11 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StorageError: writing failed, as on a full disk; what stood at ``path`` before is untouched.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        scratch.write_text(text, encoding="utf-8")
-        flush(scratch)
-        os.replace(scratch, path)
+        with replacing(path) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+            flush(scratch)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise StorageError(f"could not write {path}: {error}. Nothing that was saved before is lost.") from error
 
 
