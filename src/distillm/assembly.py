@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,7 +24,7 @@ from .errors import ConfigError, ModelError
 from .generation import Mixture, Sampling, generate
 from .method_settings import Distillation, Distillm2, MiniLlm
 from .methods import Context, Method
-from .models import freeze, head_of, layout_of, load_model, load_tokenizer, shrink
+from .models import fingerprint, freeze, head_of, layout_of, load_model, load_tokenizer, shrink
 from .scoring import Pair
 from .sources import ReplayBuffer
 from .train import parameter_groups
@@ -44,6 +45,11 @@ class Models:
     teacher: PreTrainedModel | None
     pair: Pair
     end_ids: tuple[int, ...]
+
+    @cached_property
+    def teacher_weights(self) -> str:
+        """The fingerprint of the teacher, whose every weight is read once for it; empty where there is none."""
+        return "" if self.teacher is None else fingerprint(self.teacher)
 
 
 def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:

@@ -15,7 +15,6 @@ from .assembly import Models, Note
 from .config import Run, Teacher
 from .method_settings import Distillation, Distillm2, MiniLlm
 from .methods import Method
-from .models import fingerprint
 from .teacher_cache import Disk, Memory, TeacherCache
 from .types import Example
 
@@ -88,7 +87,7 @@ def teacher_name(models: Models, given: Teacher) -> str:
     teacher: Any = models.teacher
     config = {k: v for k, v in teacher.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     parts = [
-        fingerprint(teacher),
+        models.teacher_weights,
         type(teacher).__name__,
         json.dumps(config, sort_keys=True, default=str),
         str(teacher.config._attn_implementation),

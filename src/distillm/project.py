@@ -25,7 +25,7 @@ from .folder import RunFolder
 from .generation import generate, truncated
 from .method_settings import Distillation
 from .methods import Method
-from .models import fingerprint, save_model
+from .models import save_model
 from .rows import Rows, answered, load_rows, read_data
 from .sources import ReplayBuffer, steps_per_epoch
 from .teacher import Responses
@@ -236,9 +236,15 @@ def _responses(run: Run, models: Models, folder: RunFolder, display: Display, st
         return cast(str, models.tokenizer.decode(tokens, skip_special_tokens=True))
 
     teacher = run.teacher.path if run.teacher is not None else ""
-    weights = fingerprint(models.teacher) if models.teacher is not None else ""
     return Responses(
-        path, str(teacher), weights, sampling, write, text, portion=8 * run.generation.batch_size, seed=run.seed
+        path,
+        str(teacher),
+        models.teacher_weights,
+        sampling,
+        write,
+        text,
+        portion=8 * run.generation.batch_size,
+        seed=run.seed,
     )
 
 
