@@ -6,6 +6,7 @@ here=studies/multi30k_en_fr runs=runs/multi30k-en-fr
 [ -d $runs/opus-mt-en-fr ] || python ../shared/models/fetch.py opus-mt-en-fr $runs/opus-mt-en-fr
 [ -f $runs/teacher/report.html ] || distillm train $here/teacher.yaml resume=auto
 [ -f $runs/student/report.html ] || distillm train $here/student.yaml resume=auto
-distillm sweep $here/methods.yaml method.name=sft,distillm "seed=${SEEDS:-1,2,3}"
-distillm sweep $here/methods.yaml data.responses=teacher "seed=${SEEDS:-1,2,3}" output=$runs/responses
-distillm compare $runs/methods/*/ $runs/responses/*/ $runs/teacher $runs/student -o $runs/scores.md
+seeds=${SEEDS:-1,2,3}
+distillm sweep $here/methods.yaml data.responses=teacher "seed=$seeds" output=$runs/responses
+distillm sweep $here/methods.yaml method.name=sft,seqkd,distillm "seed=$seeds"
+distillm compare $runs/responses/*/ $runs/methods/*/ $runs/teacher $runs/student -o $runs/scores.md
