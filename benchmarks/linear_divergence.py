@@ -6,8 +6,9 @@
 Every contender gets the hidden states and unembeddings of a teacher and a student and gives the gradients of the
 student's. A tool that scores prompts and padding too gets all rows, as it would in training; the others get the
 responses. Times are medians of repetitions that take turns, as ratios to plain cross-entropy on the responses: CPU
-seconds on a CPU, events on a GPU. Memory is what is needed at most beside the inputs. The share of the peak is that of
-the products that cannot be avoided, whatever a contender computes, in what large products reach here.
+seconds on a CPU, events on a GPU. Memory is what is needed at most beside the inputs. The limit is what the products
+that cannot be avoided would take at the speed of a large one here. The error is that of the gradients, as a share of
+their norm, beside those of a float32 computation on the same numbers.
 
 The other tools are optional. With the extra `bench`, in an environment of their own:
 
@@ -30,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"dtype": "float32", "vocabulary": [50_257], "widths": ["256:512"], "rows": [402], "share": 402 / 1024},
     "cuda": {"dtype": "bfloat16", "vocabulary": VOCABULARIES, "widths": WIDTHS, "rows": ROWS, "share": 1.0},
 }
+LARGEST_WITH_ERRORS = 4096  # rows; float32 takes long for more
 FLOOR = "cross-entropy, plain"
 CANNOT = {ImportError: "not installed", ConfigError: "not here", torch.OutOfMemoryError: "out of memory"}
 
@@ -96,22 +98,22 @@ class Data:
         return teacher, F.linear(self.student_hidden, self.student_weight)
 
 
-Loss = Callable[[Data], Tensor]  # the mean over the responses
+Loss = Callable[..., Tensor]  # of data: the mean over the responses
 
 
 def make_data(case: Case) -> Data:
-    generator = torch.Generator().manual_seed(0)
+    how: Any = {"generator": torch.Generator(case.device).manual_seed(0), "device": case.device}
 
     def model(width: int) -> list[Tensor]:
-        hidden = torch.randn(case.all_rows, width, generator=generator)
-        weight = torch.randn(case.vocabulary, width, generator=generator) * (2 * width**-0.5)
-        return [x.to(case.device, DTYPES[case.dtype]) for x in (hidden, weight)]
+        hidden = torch.randn(case.all_rows, width, **how)
+        weight = torch.randn(case.vocabulary, width, **how) * (2 * width**-0.5)
+        return [x.to(DTYPES[case.dtype]) for x in (hidden, weight)]
 
-    labels = torch.full((case.all_rows,), IGNORE)
-    chosen = torch.randperm(case.all_rows, generator=generator)[: case.rows]
-    labels[chosen] = torch.randint(case.vocabulary, (case.rows,), generator=generator)
+    labels = torch.full((case.all_rows,), IGNORE, device=case.device)
+    chosen = torch.randperm(case.all_rows, **how)[: case.rows]
+    labels[chosen] = torch.randint(case.vocabulary, (case.rows,), **how)
     student = [x.requires_grad_() for x in model(case.student_width)]
-    return Data(*model(case.teacher_width), *student, labels.to(case.device))
+    return Data(*model(case.teacher_width), *student, labels)
 
 
 def plain_cross_entropy(data: Data) -> Tensor:
@@ -143,6 +145,25 @@ def authors_skew_kl(data: Data) -> Tensor:
     return -(cross * data.responses).sum() / data.responses.sum()
 
 
+def _jsd_of_logits(teacher_hidden: Tensor, teacher_weight: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    with torch.no_grad():
+        p = F.linear(teacher_hidden, teacher_weight).float().log_softmax(-1)
+    q = F.linear(hidden, weight).float().log_softmax(-1)
+    m = torch.logaddexp(p + math.log(BETA), q + math.log1p(-BETA))
+    return (BETA * p.exp() * (p - m) + (1 - BETA) * q.exp() * (q - m)).sum(-1).mean()
+
+
+@cache
+def _compiled() -> Loss:
+    return torch.compile(_jsd_of_logits, dynamic=True)
+
+
+def compiled_jsd(data: Data) -> Tensor:
+    """What torch.compile makes of the formula in plain torch, the responses alone."""
+    teacher, student = data.heads()
+    return _compiled()(teacher.hidden, data.teacher_weight, student.hidden, data.student_weight)
+
+
 def trl_chunked(data: Data) -> Tensor:
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
@@ -169,7 +190,7 @@ def liger(data: Data) -> Tensor:
     return loss(data.student_hidden, data.student_weight, data.teacher_hidden, data.teacher_weight, data.labels)
 
 
-def contenders() -> dict[str, Loss]:
+def contenders(device: str) -> dict[str, Loss]:
     impls = ["eager", "chunked", "triton"]
     found: dict[str, Loss] = {FLOOR: plain_cross_entropy, "matrix products alone": bare_products}
     found |= {f"cross-entropy, ours {impl}": partial(our_cross_entropy, impl) for impl in impls[1:]}
@@ -178,14 +199,35 @@ def contenders() -> dict[str, Loss]:
         found |= {f"{label}, ours {impl}": partial(ours, impl, name, parameters) for impl in impls}
     found["SKL, the authors' way"] = authors_skew_kl
     found |= {"JSD, TRL chunked": trl_chunked, "JSD, TRL full logits": trl_full, "JSD, Liger fused": liger}
-    return found
+    return found | ({"JSD, torch.compile": compiled_jsd} if device == "cuda" else {})
 
 
-def run(loss: Loss, data: Data) -> float:
+def run(loss: Loss, data: Data) -> tuple[Tensor, tuple[Tensor, ...]]:
     value = loss(data)
     d_value = value.detach() if value.ndim else None  # any gradient of logits will do
-    torch.autograd.grad(value, (data.student_hidden, data.student_weight), d_value)
-    return math.nan if value.ndim else value.item()
+    return value.detach(), torch.autograd.grad(value, (data.student_hidden, data.student_weight), d_value)
+
+
+class Errors:
+    """How far gradients are from those that float32 gives for the same numbers: the larger norm ratio of the two."""
+
+    def __init__(self, data: Data) -> None:
+        exact = (x.detach().float() for x in (data.teacher_hidden, data.teacher_weight))
+        student = (x.detach().float().requires_grad_() for x in (data.student_hidden, data.student_weight))
+        self.data = Data(*exact, *student, data.labels)
+        self.expected: dict[str, tuple[Tensor, ...]] = {}
+        losses = {"JSD": ("jsd", {"beta": BETA}), "KL": ("forward_kl", {}), "SKL": ("skew_kl", {"alpha": ALPHA})}
+        self.losses = {k: partial(ours, "chunked", name, how) for k, (name, how) in losses.items()}
+        self.losses["cross-entropy"] = partial(our_cross_entropy, "chunked")
+
+    def of(self, name: str, gradients: tuple[Tensor, ...]) -> float | None:
+        kind = name.split(",")[0]
+        if kind not in self.losses:
+            return None
+        if kind not in self.expected:
+            self.expected = {kind: run(self.losses[kind], self.data)[1]}  # one at a time: they are large
+        pairs = zip(gradients, self.expected[kind], strict=True)
+        return max(((x - wanted).norm() / wanted.norm()).item() for x, wanted in pairs)
 
 
 def seconds(call: Callable[[], Any], device: str) -> float:
@@ -226,45 +268,56 @@ def peak_memory(call: Callable[[], Any], device: str) -> int | None:
     return resident("VmHWM") - before
 
 
-def peak_flops(device: str, dtype: str) -> float:
-    """What a large square product reaches, in operations a second of the clock that the table uses."""
+def peaks(device: str, dtype: str) -> tuple[float, float]:
+    """What a large square product reaches, in operations, and a large copy, in bytes, a second of the table's clock."""
     size = 8192 if device == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
-    times = [seconds(lambda: a @ a, device) for _ in range(7)]
-    return 2 * size**3 / min(times[2:])
+    products = [seconds(lambda: a @ a, device) for _ in range(7)]
+    source = torch.randn(2**28 if device == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    copies = [seconds(lambda: target.copy_(source), device) for _ in range(7)]
+    return 2 * size**3 / min(products[2:]), 2 * source.nbytes / min(copies[2:])
 
 
 def compare(case: Case, repetitions: int, console: Console) -> list[dict[str, Any]]:
     data, results = make_data(case), {}
-    losses = contenders()
+    losses = contenders(case.device)
+    errors = Errors(data) if case.rows <= LARGEST_WITH_ERRORS else None
     for name, loss in losses.items():
         results[name] = result = {"name": name, "status": "ok", "times": []}
         with console.status(f"{name}: first runs"):
             try:
-                result["loss"] = run(loss, data)
+                value, gradients = run(loss, data)
+                result["loss"] = math.nan if value.ndim else value.item()
+                result["gradient_error"] = errors and errors.of(name, gradients)
+                del value, gradients
                 result["peak_bytes"] = peak_memory(lambda loss=loss: run(loss, data), case.device)
             except Exception as error:  # a contender that cannot run is named, and the others go on
                 status = next((text for kind, text in CANNOT.items() if isinstance(error, kind)), "failed")
                 result |= {"status": status, "why": f"{type(error).__name__}: {error}".splitlines()[0]}
+    del errors
+    gc.collect()
     for turn in range(repetitions):
         with console.status(f"repetition {turn + 1} of {repetitions}"):
             for name, loss in losses.items():
                 if results[name]["status"] == "ok":
-                    gc.collect()
                     results[name]["times"].append(seconds(lambda loss=loss: run(loss, data), case.device))
     return list(results.values())
 
 
-def needed_flops(case: Case, name: str) -> int:
+def limit(case: Case, name: str, flops: float, bandwidth: float) -> float:
+    """Seconds for the products alone, or to read the inputs and write the gradients once, whichever are more."""
     teacher = 0 if name.startswith("cross-entropy") else case.teacher_width
-    return 2 * case.rows * case.vocabulary * (3 * case.student_width + teacher)
+    products = 2 * case.rows * case.vocabulary * (3 * case.student_width + teacher)
+    entries = (case.rows + case.vocabulary) * (2 * case.student_width + teacher)
+    return max(products / flops, entries * DTYPES[case.dtype].itemsize / bandwidth)
 
 
-def show(case: Case, results: list[dict[str, Any]], peak: float, console: Console) -> None:
+def show(case: Case, results: list[dict[str, Any]], reached: tuple[float, float], console: Console) -> None:
     widths = f"widths {case.student_width} (student) and {case.teacher_width}"
     table = Table(title=f"{case.rows} responses of {case.all_rows} rows, V {case.vocabulary}, {widths}, {case.dtype}")
     clock = "CPU seconds" if case.device == "cpu" else "seconds"
-    for column in ("", "ratio", clock, "least", "most", "extra MiB", "of peak", "loss"):
+    for column in ("", "ratio", clock, "extra MiB", "of limit", "error", "loss"):
         table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
     floor = next((statistics.median(r["times"]) for r in results if r["name"] == FLOOR and r["times"]), math.nan)
     for result in results:
@@ -274,13 +327,14 @@ def show(case: Case, results: list[dict[str, Any]], peak: float, console: Consol
         times, memory = result["times"], result["peak_bytes"]
         result["seconds"] = median = statistics.median(times)
         result["ratio"] = median / floor
-        result["share_of_peak"] = needed_flops(case, result["name"]) / median / peak
+        result["share_of_limit"] = limit(case, result["name"], *reached) / median
         table.add_row(
             result["name"],
             f"{result['ratio']:.2f}",
-            *(f"{x:.4g}" for x in (median, min(times), max(times))),
+            f"{median:.4g}",
             "-" if memory is None else f"{memory / 2**20:,.0f}",
-            f"{result['share_of_peak']:.0%}",
+            f"{result['share_of_limit']:.0%}",
+            "-" if result["gradient_error"] is None else f"{result['gradient_error']:.1e}",
             "-" if math.isnan(result["loss"]) else f"{result['loss']:.5f}",
         )
     console.print(table)
@@ -333,14 +387,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     described = machine(options.device)
     console.print(", ".join(f"{key} {value}" for key, value in described.items()), markup=False)
-    peak, written = peak_flops(options.device, options.dtype), []
-    console.print(f"a large product: {peak / 1e12:.3g} Tflop/s")
+    reached, written = peaks(options.device, options.dtype), []
+    console.print(f"a large product: {reached[0] / 1e12:.3g} Tflop/s; a large copy: {reached[1] / 1e9:.3g} GB/s")
     for case in cases(options):
         results = compare(case, options.repetitions, console)
-        show(case, results, peak, console)
+        show(case, results, reached, console)
         written.append({"case": vars(case), "results": results})
         if options.output:
-            report = {"machine": described, "peak_flops": peak, "repetitions": options.repetitions, "cases": written}
+            told = {"machine": described, "flops": reached[0], "bandwidth": reached[1]}
+            report = told | {"repetitions": options.repetitions, "cases": written}
             options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -137,11 +137,13 @@ def _sweep(
     head, dtype, num_rows = project.head, wide(project.head.hidden.dtype), len(student.hidden)
     weights = weights.to(dtype).contiguous()
     values = torch.empty_like(weights)
-    # Whatever the dtype of the weight, sums over rows are kept in float32 until they are complete.
-    dtypes = student.hidden.dtype, dtype, dtype
-    tensors = [(x if w else None, d) for x, w, d in zip(student[:3], wanted, dtypes, strict=True)]
-    grads = Gradients(*(None if x is None else torch.zeros_like(x, dtype=d) for x, d in tensors))
     chunk, block = row_counts(scorer, project, num_rows, byte_budget)
+    # Sums over chunks are kept in float32 until they are complete. Of one chunk, the product is the sum.
+    one = student.weight is not None and chunk >= num_rows > 0 and student.weight.dtype == head.hidden.dtype
+    dtypes = student.hidden.dtype, head.hidden.dtype if one else dtype, dtype
+    tensors = [(x if w else None, d) for x, w, d in zip(student[:3], wanted, dtypes, strict=True)]
+    begin = torch.zeros_like if student.weight is None or num_rows == 0 else torch.empty_like
+    grads = Gradients(*(None if x is None else begin(x, dtype=d) for x, d in tensors))
     for rows in slices(num_rows, chunk):
         raw, score = project(rows), scorer.open(rows)
         target = raw if head.weight is not None else None if grads.hidden is None else grads.hidden[rows]
@@ -162,12 +164,25 @@ def _carry(d_raw: Tensor, rows: slice, hidden: Tensor, weight: Tensor, grads: Gr
     if grads.hidden is not None:
         grads.hidden[rows] = d_raw @ weight
     if grads.weight is not None:
-        if grads.weight.dtype == d_raw.dtype:
-            grads.weight.addmm_(d_raw.T, hidden)
-        else:
-            grads.weight.add_(d_raw.T @ hidden)
+        _add_product(grads.weight, d_raw.T, hidden, first=rows.start == 0)
     if grads.bias is not None:
-        grads.bias.add_(d_raw.sum(0, dtype=grads.bias.dtype))
+        _add(grads.bias, d_raw.sum(0, dtype=grads.bias.dtype), first=rows.start == 0)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """``_add(total, a @ b)``, in one pass over ``total`` where there is a product that sums in its dtype."""
+    beta = 0 if first else 1
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, total.dtype, beta=beta, out=total)
+    else:
+        _add(total, a @ b, first)
+
+
+def _add(total: Tensor, part: Tensor, first: bool) -> None:
+    """``total += part``; what is in the memory of ``total`` before its first part is not read."""
+    total.copy_(part) if first else total.add_(part)
 
 
 def row_counts(scorer: Scorer, project: Projection, num_rows: int, byte_budget: int | None) -> tuple[int, int]:
