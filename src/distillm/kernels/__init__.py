@@ -71,7 +71,8 @@ def linear_divergence(
     ``DIVERGENCES`` or a function ``(p, q, **parameters)``, ``[..., V] -> [...]``, of each row alone; ``parameters`` are
     numbers, or tensors ``[N]`` that reach it as ``[N, 1]``. With ``top_k`` all tokens but the teacher's likeliest are
     one bucket (``divergences.Bucketed``). ``byte_budget`` bounds what ``chunked`` and ``triton`` take
-    beside inputs and gradients (256 MiB on a CPU, else 1 GiB); one backward may run through their result. Raises
+    beside inputs and gradients (256 MiB on a CPU, else about what 4,096 rows of logits are); one backward may run through
+    their result. Raises
     ``ConfigError`` for an unknown name and where ``triton``, asked for by name, cannot be: it has the named divergences
     but ``adaptive_kl``, without ``top_k``, in float32 or less. ``ValueError`` where shapes do not fit.
     """

@@ -18,10 +18,14 @@ from ..types import Head
 from .eager import wide
 
 BYTE_BUDGET = {"cpu": 2**28}
-"""Bytes by device type, 1 GiB where not named, beside the inputs and the gradients returned."""
+"""Bytes by device type, beside the inputs and the gradients returned."""
+
+CHUNK_ROWS = 4096
+"""Where no bytes are named, a chunk has this many rows: products of that size run at a GPU's full speed, and most
+batches are one chunk, which needs no sum of the weight's gradient in float32."""
 
 BLOCK_BYTES = {"cpu": 2**23}
-"""Of which a block's tensors take this much, 256 MiB where not named: on a CPU, about what stays in cache."""
+"""A block's tensors take this much, 512 MiB where not named: on a CPU, about what stays in cache."""
 
 
 class Block(NamedTuple):
@@ -64,7 +68,7 @@ class Projection:
     """Forms the products of a head's chunks, one after the other, in one buffer.
 
     Its rows begin at multiples of ``align`` entries, so that those of any vocabulary can be read in wide pieces. What
-    is between them are zeros.
+    is between them is ``-inf``; whoever writes over it writes that.
     """
 
     def __init__(self, head: Head, align: int = 1) -> None:
@@ -89,7 +93,7 @@ class Projection:
             return hidden
         if self.buffer is None:
             self.buffer = hidden.new_empty(len(hidden), self.row_length)
-            self.buffer[:, self.num_tokens :] = 0
+            self.buffer[:, self.num_tokens :] = -torch.inf
         out = self.buffer[: len(hidden), : self.num_tokens]
         return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
 
@@ -192,14 +196,22 @@ def row_counts(scorer: Scorer, project: Projection, num_rows: int, byte_budget: 
     """
     chunk_row, block_row = scorer.chunk_row_bytes + project.row_bytes, scorer.block_row_bytes
     device = project.head.hidden.device.type
-    byte_budget = BYTE_BUDGET.get(device, 2**30) if byte_budget is None else byte_budget
-    block = 1
+    if byte_budget is None:
+        byte_budget = BYTE_BUDGET.get(device)
+    block = 0
     if block_row:
-        block = max(min(byte_budget // (chunk_row + block_row), BLOCK_BYTES.get(device, 2**28) // block_row), 1)
-    chunk = max((byte_budget - block * block_row) // chunk_row, block) if chunk_row else max(num_rows, 1)
-    num_chunks = max(math.ceil(num_rows / chunk), 1)
+        block = max(BLOCK_BYTES.get(device, 2**29) // block_row, 1)
+        if byte_budget is not None:
+            block = max(min(block, byte_budget // (chunk_row + block_row)), 1)
+    if not chunk_row:
+        chunk = num_rows
+    elif byte_budget is None:
+        chunk = CHUNK_ROWS
+    else:
+        chunk = (byte_budget - block * block_row) // chunk_row
+    num_chunks = max(math.ceil(num_rows / max(chunk, block, 1)), 1)
     chunk = max(math.ceil(num_rows / num_chunks), 1)
-    return chunk, block if block_row else chunk
+    return chunk, min(block, chunk) or chunk
 
 
 def slices(num_rows: int, size: int) -> Iterator[slice]:

@@ -9,6 +9,7 @@ what the hardware has: ``log 0`` is finite, and an infinite entry reports itself
 # The values of a kernel have no types before it is compiled, and calls between kernels are typed as never returning.
 # pyright: basic, reportGeneralTypeIssues=false
 
+import torch
 import triton
 import triton.language as tl
 
@@ -19,6 +20,7 @@ TINY = tl.constexpr(2.0**-126)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NO_LABEL = tl.constexpr(-100)
+HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -30,45 +32,64 @@ def probe_kernel(out, TERMS: tl.constexpr):
 
 
 @triton.jit
-def _logits(row, columns, num_tokens, width, stride, scale, softcap):
-    """A tile of the logits, ``-inf`` outside the vocabulary, and their slope in the product that was stored.
-
-    The row may be read up to ``width``, which is a round number wherever it can be: a load is as wide as its mask.
-    """
-    z = tl.load(row + columns.to(tl.int64) * stride, mask=columns < width, other=0.0).to(tl.float32) * scale
-    slope = scale
-    if softcap is not None:
-        # tanh by an exponential that cannot overflow; there is none that every backend has.
-        e = tl.exp2(tl.abs(z / softcap) * (-2 * LOG2E))
-        t = softcap * (1 - e) / (1 + e)
-        z = tl.where(z < 0, -t, t)
-        slope = scale * 4 * e / ((1 + e) * (1 + e))
-    return tl.where(columns < num_tokens, z, -INF), slope
+def _log2(x):
+    """The hardware's own where it can be named, to 2^-22; what every backend has takes twenty instructions."""
+    if HAS_PTX:
+        return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return tl.log2(x)
 
 
 @triton.jit
-def _observe(z, top):
-    """A lane's largest logit so far, never below ``FLOOR``, and the factors of the sum it had and of ``z``'s own 1."""
-    gap = z - top
-    e = tl.exp2(tl.abs(gap) * -LOG2E)
-    return tl.maximum(z, top), tl.where(gap > 0, e, 1.0), tl.where(gap > 0, 1.0, e)
+def _columns(TILE: tl.constexpr):
+    """The places in a tile, a lane's eight in a row: what a thread loads at once, and sums by itself."""
+    return tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def _logits(row, columns, num_tokens, width, stride, scale, softcap):
+    """``x``, ``c`` and the slope of the logits in the product that was stored: the logits are ``c x`` to base 2.
+
+    The row may be read up to ``width``, which is a round number wherever it can be: a load is as wide as its mask.
+    Beyond the vocabulary it holds ``-inf``.
+    """
+    x = tl.load(row + columns.to(tl.int64) * stride, mask=columns < width, other=-INF).to(tl.float32)
+    c, slope = scale * LOG2E, scale
+    if softcap is not None:
+        # tanh by an exponential that cannot overflow; there is none that every backend has.
+        e = tl.exp2(tl.abs(x * (scale / softcap)) * (-2 * LOG2E))
+        t = softcap * (1 - e) / (1 + e)
+        x = tl.where(columns < num_tokens, tl.where(x * scale < 0, -t, t), -INF)
+        c, slope = LOG2E, scale * 4 * e / ((1 + e) * (1 + e))
+    return x, c, slope
+
+
+@triton.jit
+def _observe(x, c, top, mass):
+    """Each lane's largest logit so far, never below ``FLOOR``, and its sum, with the factor of what was summed before.
+
+    Returned with them: the terms of the tile.
+    """
+    most = tl.maximum(top, tl.max(x * c, 1))
+    kept = tl.exp2(top - most)
+    e = tl.exp2(tl.fma(x, c, -most[:, None]))
+    return most, mass * kept + tl.sum(e, 1), kept, e
 
 
 @triton.jit
 def _normaliser(top, mass):
-    """The row's largest logit and the logarithm of the sum of ``exp(z - top)``, NaN where the row has no mass.
+    """The row's largest logit and the logarithm of the sum of what the others are beside it, NaN without any mass.
 
     They stay apart: their sum would cost large logits their digits.
     """
     most = tl.max(top, 0)
-    total = tl.sum(mass * tl.exp2((top - most) * LOG2E), 0)
+    total = tl.sum(mass * tl.exp2(top - most), 0)
     return most, tl.where(total > 0, tl.log2(total), float("nan"))
 
 
 @triton.jit
-def _log_softmax(z, top, log_mass):
+def _log_softmax(x, c, top, log_mass):
     """``log q``, about ``FLOOR`` where it is ``-inf``, and ``q``. A NaN is in ``log_mass``: the maximum may drop it."""
-    log_q = (tl.maximum(z, FLOOR) - top) * LOG2E - log_mass
+    log_q = tl.maximum(tl.fma(x, c, -top), FLOOR) - log_mass
     return log_q, tl.exp2(log_q)
 
 
@@ -80,9 +101,8 @@ def _gap(log_a, log_b):
 
 @triton.jit
 def _log_mixture(p, q, weight):
-    """``m = weight p + (1 - weight) q``, at least the smallest normal number, and its logarithm."""
-    m = tl.maximum(weight * p + (1 - weight) * q, TINY, propagate_nan=tl.PropagateNan.ALL)
-    return m, tl.log2(m)
+    """The logarithm of ``weight p + (1 - weight) q``, which is at least the smallest normal number."""
+    return _log2(tl.maximum(weight * p + (1 - weight) * q, TINY, propagate_nan=tl.PropagateNan.ALL))
 
 
 # The terms of a divergence: (log p, log q, p, q, its two numbers) -> what a token adds to the value, and its G.
@@ -107,16 +127,16 @@ def reverse_kl(log_p, log_q, p, q, a, b):
 @triton.jit
 def skew_kl(log_p, log_q, p, q, a, b):
     """``G = -(1 - a) p q / m``, ``m = a p + (1 - a) q``, for ``a > 0``."""
-    m, log_m = _log_mixture(p, q, a)
-    return p * _gap(log_p, log_m), (a - 1) * p * (q / m)
+    log_m = _log_mixture(p, q, a)
+    return p * _gap(log_p, log_m), (a - 1) * p * tl.exp2(log_q - log_m)
 
 
 @triton.jit
 def skew_reverse_kl(log_p, log_q, p, q, a, b):
     """``G = q (log(q / m) - a q / m)``, ``m = (1 - a) p + a q``, for ``a > 0``."""
-    m, log_m = _log_mixture(q, p, a)
+    log_m = _log_mixture(q, p, a)
     gap = _gap(log_q, log_m)
-    return q * gap, q * (gap - a * (q / m))
+    return q * gap, q * (gap - a * tl.exp2(log_q - log_m))
 
 
 @triton.jit
@@ -138,7 +158,7 @@ def skew_reverse_kl_by_row(log_p, log_q, p, q, a, b):
 @triton.jit
 def jsd(log_p, log_q, p, q, a, b):
     """``G = (1 - a) q log(q / m)``, ``m = a p + (1 - a) q``."""
-    _, log_m = _log_mixture(p, q, a)
+    log_m = _log_mixture(p, q, a)
     g = (1 - a) * q * _gap(log_q, log_m)
     return a * p * _gap(log_p, log_m) + g, g
 
@@ -207,44 +227,44 @@ def divergence_kernel(
     weight = tl.load(weights + row)
     if per_row is not None:
         a = tl.load(per_row + row)
-    lanes = tl.arange(0, TILE)
-    p_top = tl.full([TILE], FLOOR, tl.float32)
-    p_mass = tl.zeros([TILE], tl.float32)
+    places = _columns(TILE)
+    p_top = tl.full([TILE // 8], FLOOR, tl.float32)
+    p_mass = tl.zeros([TILE // 8], tl.float32)
     q_top, q_mass, covered = p_top, p_mass, p_mass
     for start in range(0, num_tokens, TILE):
-        columns = start + lanes
-        zp, _ = _logits(teacher, columns, num_tokens, teacher_width, teacher_step, teacher_scale, teacher_cap)
-        zq, _ = _logits(student, columns, num_tokens, student_width, student_step, student_scale, student_cap)
-        p_top, kept, new = _observe(zp, p_top)
-        p_mass = p_mass * kept + new
+        columns = start + places
+        xp, cp, _p = _logits(teacher, columns, num_tokens, teacher_width, teacher_step, teacher_scale, teacher_cap)
+        xq, cq, _q = _logits(student, columns, num_tokens, student_width, student_step, student_scale, student_cap)
+        p_top, p_mass, kept, p = _observe(xp, cp, p_top, p_mass)
         if KNOWN_SUM:
-            covered = covered * kept + tl.where(zq == -INF, 0.0, new)
-        q_top, kept, new = _observe(zq, q_top)
-        q_mass = q_mass * kept + new
+            covered = covered * kept + tl.sum(tl.where(xq == -INF, 0.0, p), 1)
+        q_top, q_mass, _kept, _terms = _observe(xq, cq, q_top, q_mass)
     g_sum = 0.0
     if KNOWN_SUM:
-        scale = tl.exp2((p_top - tl.max(p_top, 0)) * LOG2E)
+        scale = tl.exp2(p_top - tl.max(p_top, 0))
         g_sum = -tl.sum(covered * scale, 0) / tl.sum(p_mass * scale, 0)
     p_top, p_log_mass = _normaliser(p_top, p_mass)
     q_top, q_log_mass = _normaliser(q_top, q_mass)
 
     num_passes: tl.constexpr = 1 if target is None or KNOWN_SUM else 2
     for step in tl.static_range(num_passes):
-        value, g_lanes = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+        value, g_lanes = tl.zeros([TILE // 8], tl.float32), tl.zeros([TILE // 8], tl.float32)
         for start in range(0, num_tokens, TILE):
-            columns = start + lanes
-            zp, _ = _logits(teacher, columns, num_tokens, teacher_width, teacher_step, teacher_scale, teacher_cap)
-            zq, slope = _logits(student, columns, num_tokens, student_width, student_step, student_scale, student_cap)
-            log_p, p = _log_softmax(zp, p_top, p_log_mass)
-            log_q, q = _log_softmax(zq, q_top, q_log_mass)
+            columns = start + places
+            xp, cp, _p = _logits(teacher, columns, num_tokens, teacher_width, teacher_step, teacher_scale, teacher_cap)
+            xq, cq, slope = _logits(
+                student, columns, num_tokens, student_width, student_step, student_scale, student_cap
+            )
+            log_p, p = _log_softmax(xp, cp, p_top, p_log_mass)
+            log_q, q = _log_softmax(xq, cq, q_top, q_log_mass)
             term, g = TERMS(log_p, log_q, p, q, a, b)
             if step == 0:
-                value += term
-                g_lanes += g
+                value += tl.sum(term, 1)
+                g_lanes += tl.sum(g, 1)
             if target is not None and step == num_passes - 1:
-                dz = (g - q * g_sum) * slope * weight
+                dz = (g - q * g_sum) * (slope * weight)
                 place = target + row * target_row + columns.to(tl.int64) * target_step
-                tl.store(place, dz, mask=columns < student_width)
+                tl.store(place, tl.where(columns < num_tokens, dz, -INF), mask=columns < student_width)
         if step == 0:
             tl.store(values + row, tl.sum(value, 0))
             if num_passes == 2:
@@ -265,24 +285,26 @@ def cross_entropy_kernel(
     label = tl.load(labels + row)
     known = (label >= 0) & (label < num_tokens)
     # Read before the sums: behind them a faster warp may have written its gradient over it.
-    chosen, _ = _logits(student, tl.where(known, label, 0), num_tokens, student_width, student_step, scale, softcap)
-    lanes = tl.arange(0, TILE)
-    top = tl.full([TILE], FLOOR, tl.float32)
-    mass = tl.zeros([TILE], tl.float32)
+    chosen, _c, _slope = _logits(
+        student, tl.where(known, label, 0), num_tokens, student_width, student_step, scale, softcap
+    )
+    places = _columns(TILE)
+    top = tl.full([TILE // 8], FLOOR, tl.float32)
+    mass = tl.zeros([TILE // 8], tl.float32)
+    c = LOG2E if softcap is not None else scale * LOG2E
     for start in range(0, num_tokens, TILE):
-        columns = start + lanes
-        z, _ = _logits(student, columns, num_tokens, student_width, student_step, scale, softcap)
-        top, kept, new = _observe(z, top)
-        mass = mass * kept + new
+        x, _, _ = _logits(student, start + places, num_tokens, student_width, student_step, scale, softcap)
+        top, mass, _kept, _terms = _observe(x, c, top, mass)
     top, log_mass = _normaliser(top, mass)
-    value = tl.where(known, log_mass * LN2 - (chosen - top), float("nan"))
+    value = tl.where(known, (log_mass - tl.fma(chosen, c, -top)) * LN2, float("nan"))
     tl.store(values + row, tl.where(label == NO_LABEL, 0.0, value))
     if target is not None:
         weight = tl.load(weights + row)
         for start in range(0, num_tokens, TILE):
-            columns = start + lanes
-            z, slope = _logits(student, columns, num_tokens, student_width, student_step, scale, softcap)
-            q = tl.exp2((z - top) * LOG2E - log_mass)
-            dz = tl.where(columns == label, q - 1, q) * slope * weight
+            columns = start + places
+            x, _, slope = _logits(student, columns, num_tokens, student_width, student_step, scale, softcap)
+            q = tl.exp2(tl.fma(x, c, -top) - log_mass)
+            dz = tl.where(columns == label, q - 1, q) * (slope * weight)
+            dz = tl.where(columns < num_tokens, tl.where(label == NO_LABEL, 0.0, dz), -INF)
             place = target + row * target_row + columns.to(tl.int64) * target_step
-            tl.store(place, tl.where(label == NO_LABEL, 0.0, dz), mask=columns < student_width)
+            tl.store(place, dz, mask=columns < student_width)

@@ -23,7 +23,7 @@ from .sweep import Block, BlockScorer, Projection, Scorer, fused
 ALIGN = 64
 """Rows of a product begin at multiples of this many entries: wide loads for any vocabulary, and faster products."""
 
-LARGEST_TILE = 4096
+LARGEST_TILE = 2048
 """Entries of a row that a program holds at once: eight for each of its threads."""
 
 TERMS: dict[Divergence, Any] = {
@@ -71,15 +71,14 @@ def divergence_rows(
     project, teacher_products = Projection(student, ALIGN), Projection(teacher, ALIGN)
 
     def open_chunk(chunk: slice) -> BlockScorer:
-        raw = teacher_products(chunk)
-        per_row = None if form.per_row is None else form.per_row[chunk]
-
-        def score(rows: slice, block: Block) -> None:
+        def score(block_rows: slice, block: Block) -> None:
+            # The student's products stay for the gradients' own; the teacher's are needed here alone.
+            rows = slice(chunk.start + block_rows.start, chunk.start + block_rows.stop)
             _launch(
                 kernels.divergence_kernel,
                 block,
-                (*_readable(raw[rows], teacher_products.head), *_readable(block.raw, project.head)),
-                per_row=None if per_row is None else per_row[rows],
+                (*_readable(teacher_products(rows), teacher_products.head), *_readable(block.raw, project.head)),
+                per_row=None if form.per_row is None else form.per_row[rows],
                 a=form.a,
                 b=form.b,
                 TERMS=form.terms,
@@ -88,7 +87,7 @@ def divergence_rows(
 
         return score
 
-    return fused(Scorer(open_chunk, teacher_products.row_bytes, 0), project, student, weights, byte_budget)
+    return fused(Scorer(open_chunk, 0, teacher_products.row_bytes), project, student, weights, byte_budget)
 
 
 def cross_entropy_rows(
@@ -120,7 +119,7 @@ def _launch(kernel: Any, block: Block, read: tuple[Any, ...], **rest: Any) -> No
             values=block.values,
             num_tokens=num_tokens,
             TILE=tile,
-            num_warps=min(max(tile // 256, 1), 16),
+            num_warps=max(tile // 256, 1),
             enable_fp_fusion=True,
             **rest,
         )
