@@ -19,20 +19,15 @@ If the two ask for other versions than those: pip install --no-deps trl liger-ke
 """
 
 import argparse
-import ctypes
 import gc
 import itertools
 import json
 import math
-import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +40,9 @@ from torch.nn import functional as F
 from distillm.errors import ConfigError
 from distillm.kernels import linear_cross_entropy, linear_divergence
 from distillm.types import IGNORE, Head
+from measure import DTYPES, machine, peak_memory, peaks, seconds
 
 BETA, ALPHA = 0.5, 0.1
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of GPT-2, Llama 3 and Qwen 2.5; widths of a student and a teacher; rows of responses.
 VOCABULARIES, WIDTHS, ROWS = [50_257, 128_256, 151_936], ["768:1600", "2048:4096"], [1024, 4096, 16_384]
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -230,55 +225,6 @@ class Errors:
         return max(((x - wanted).norm() / wanted.norm()).item() for x, wanted in pairs)
 
 
-def seconds(call: Callable[[], Any], device: str) -> float:
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-    begun = time.process_time()
-    call()
-    return time.process_time() - begun
-
-
-def resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def peak_memory(call: Callable[[], Any], device: str) -> int | None:
-    """Bytes beside what was there before; None where the system does not tell."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    reset = Path("/proc/self/clear_refs")
-    if not os.access(reset, os.W_OK):
-        return None
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # what is free but kept would be used again and not be counted
-    reset.write_text("5", encoding="ascii")  # the highest resident size begins anew
-    before = resident("VmRSS")
-    call()
-    return resident("VmHWM") - before
-
-
-def peaks(device: str, dtype: str) -> tuple[float, float]:
-    """What a large square product reaches, in operations, and a large copy, in bytes, a second of the table's clock."""
-    size = 8192 if device == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
-    products = [seconds(lambda: a @ a, device) for _ in range(7)]
-    source = torch.randn(2**28 if device == "cuda" else 2**25, device=device)
-    target = torch.empty_like(source)
-    copies = [seconds(lambda: target.copy_(source), device) for _ in range(7)]
-    return 2 * size**3 / min(products[2:]), 2 * source.nbytes / min(copies[2:])
-
-
 def compare(case: Case, repetitions: int, console: Console) -> list[dict[str, Any]]:
     data, results = make_data(case), {}
     losses = contenders(case.device)
@@ -340,22 +286,6 @@ def show(case: Case, results: list[dict[str, Any]], reached: tuple[float, float]
     console.print(table)
     for why in dict.fromkeys(f"{r['status']}: {r['why']}" for r in results if "why" in r):
         console.print(why, markup=False)
-
-
-def machine(device: str) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    if (told := Path("/proc/cpuinfo")).exists():
-        models = [line.split(":")[1].strip() for line in told.read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0] if models else cpu
-    installed = {found.name.lower().replace("-", "_"): found.version for found in distributions()}
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        **{name: installed.get(name, "not installed") for name in ("torch", "triton", "trl", "liger_kernel")},
-    }
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:

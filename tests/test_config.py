@@ -349,3 +349,16 @@ def test_a_change_of_method_begins_from_the_defaults_of_the_new_one() -> None:
     assert (other.name, other.divergence, other.kd_weight) == ("kd", "forward_kl", 0.5)  # type: ignore[union-attr]
     same = make_run(copy.deepcopy(started), ["method.name=distillm"]).method
     assert (same.divergence, same.capacity) == ("jsd", 50)  # type: ignore[union-attr]
+
+
+def test_a_bare_off_is_off_though_yaml_reads_it_as_false() -> None:
+    given: dict[str, Any] = {
+        "teacher": {"path": "teacher"},
+        "student": {"path": "student"},
+        "data": {"train": "rows.jsonl"},
+    }
+    teacher = make_run(given, ["teacher.cache=off"]).teacher
+    assert teacher is not None
+    assert teacher.cache == "off"
+    assert "off" in as_yaml(make_run(given, ["teacher.cache=off"]))
+    assert make_run(yaml.safe_load(as_yaml(make_run(given, ["teacher.cache=off"])))).teacher == teacher

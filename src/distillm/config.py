@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from .data_settings import Data
 from .errors import ConfigError
@@ -70,7 +70,10 @@ class Teacher(Model):
     adapter_off: bool = False
     """Self-distillation: the student without its adapter is the teacher. It may read more than the student does, see
     data.teacher_system and data.teacher_template."""
-    cache: Literal["auto", "off", "memory", "disk"] = "auto"
+    cache: Annotated[
+        Literal["auto", "off", "memory", "disk"],
+        BeforeValidator(lambda given: "off" if given is False else given),  # YAML reads a bare off as false
+    ] = "auto"
     """Where its last hidden states are kept, so that it reads no row twice in training. disk is shared by all runs with
     this teacher; auto takes memory where they fit in it, else disk, and keeps no row that the run reads but once."""
     cache_folder: str | None = None

@@ -68,13 +68,13 @@ def linear_divergence(
 
     A scalar, float32 (float64 for a float64 student), differentiable in the student's hidden, weight and bias only;
     with ``per_row``, also the values ``[N]``, detached. ``weights`` is ``[N]``. ``divergence`` is a name in
-    ``DIVERGENCES`` or a function ``(p, q, **parameters)``, ``[..., V] -> [...]``, of each row alone; ``parameters`` are
-    numbers, or tensors ``[N]`` that reach it as ``[N, 1]``. With ``top_k`` all tokens but the teacher's likeliest are
-    one bucket (``divergences.Bucketed``). ``byte_budget`` bounds what ``chunked`` and ``triton`` take
-    beside inputs and gradients (256 MiB on a CPU, else about what 4,096 rows of logits are); one backward may run through
-    their result. Raises
-    ``ConfigError`` for an unknown name and where ``triton``, asked for by name, cannot be: it has the named divergences
-    but ``adaptive_kl``, without ``top_k``, in float32 or less. ``ValueError`` where shapes do not fit.
+    ``DIVERGENCES`` or a function ``(p, q, **parameters)``, ``[..., V] -> [...]``, of each row alone; ``parameters``
+    are numbers, or tensors ``[N]`` that reach it as ``[N, 1]``. With ``top_k`` all tokens but the teacher's
+    likeliest are one bucket (``divergences.Bucketed``). ``byte_budget`` bounds what ``chunked`` and ``triton`` take
+    beside inputs and gradients (256 MiB on a CPU, else about what 4,096 rows of logits are); one backward may run
+    through their result. Raises ``ConfigError`` for an unknown name and where ``triton``, asked for by name, cannot
+    be: it has the named divergences but ``adaptive_kl``, without ``top_k``, in float32 or less. ``ValueError``
+    where shapes do not fit.
     """
     function = DIVERGENCES[_known(divergence, DIVERGENCES, "divergence")] if isinstance(divergence, str) else divergence
     if top_k is not None:
