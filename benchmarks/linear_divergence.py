@@ -23,6 +23,7 @@ import gc
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -225,9 +226,9 @@ class Errors:
         return max(((x - wanted).norm() / wanted.norm()).item() for x, wanted in pairs)
 
 
-def compare(case: Case, repetitions: int, console: Console) -> list[dict[str, Any]]:
+def compare(case: Case, only: str, repetitions: int, console: Console) -> list[dict[str, Any]]:
     data, results = make_data(case), {}
-    losses = contenders(case.device)
+    losses = {name: loss for name, loss in contenders(case.device).items() if name == FLOOR or re.search(only, name)}
     errors = Errors(data) if case.rows <= LARGEST_WITH_ERRORS else None
     for name, loss in losses.items():
         results[name] = result = {"name": name, "status": "ok", "times": []}
@@ -303,6 +304,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--widths", nargs="+", metavar="STUDENT:TEACHER")
     parser.add_argument("--rows", type=int, nargs="+", help="rows of responses")
     parser.add_argument("--share", type=float, help="of the responses in all rows: 402/1024 on a CPU, else 1")
+    parser.add_argument("--only", default="", help="contenders whose name this regular expression finds")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--output", type=Path, help="write machine, settings, times and losses there, as JSON")
@@ -320,7 +322,7 @@ def main() -> None:
     reached, written = peaks(options.device, options.dtype), []
     console.print(f"a large product: {reached[0] / 1e12:.3g} Tflop/s; a large copy: {reached[1] / 1e9:.3g} GB/s")
     for case in cases(options):
-        results = compare(case, options.repetitions, console)
+        results = compare(case, options.only, options.repetitions, console)
         show(case, results, reached, console)
         written.append({"case": vars(case), "results": results})
         if options.output:

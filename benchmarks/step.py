@@ -88,7 +88,8 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Contende
         for turn in range(warmup + options.repetitions):
             status.update(f"step {turn + 1} of {warmup + options.repetitions}")
             gc.collect()
-            for contender in found.values():
+            order = list(found.values())
+            for contender in order[turn % len(order) :] + order[: turn % len(order)]:  # new shapes cost the first one
                 took = seconds(contender, options.device)
                 assert contender.step is not None
                 if turn >= warmup:

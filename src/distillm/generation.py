@@ -19,6 +19,10 @@ from .heads import eval_mode
 from .types import Example, Layout, Origin, answer, last_turn
 
 
+BLOCK = 256
+"""Tokens whose probabilities are added up at once; a vocabulary has some hundreds of such blocks."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen. Temperature 0 is greedy; ``top_k`` 0 and ``top_p`` 1 switch those filters off."""
@@ -38,7 +42,7 @@ def uniforms(seed: int, step: int, row: str, count: int) -> np.ndarray:
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     """``logits`` ``[B, V]`` after temperature, top-k and top-p; what is left out becomes ``-inf``."""
-    logits = logits / sampling.temperature
+    logits = logits if sampling.temperature == 1 else logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -55,14 +59,34 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
 def draw(logits: Tensor, u: Tensor) -> Tensor:
     """One token id per row of ``logits`` ``[B, V]``, by inverting the cumulative distribution at ``u`` ``[B]``.
 
-    The law is that of ``torch.multinomial``; a token of probability zero is never returned, for u from 0 to 1.
+    The law is that of ``torch.multinomial``; a token of probability zero is never returned, for u from 0 to 1. First a
+    block of tokens is found, by the sums of the blocks, then the token in it: only those few numbers are added up in
+    float64, which keeps a running sum exact enough for any vocabulary.
     """
-    # float64 keeps the running sum exact enough for any vocabulary; Apple's GPUs have no such type.
-    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
-    cumulative = logits.softmax(-1).to(dtype).cumsum(-1)
-    total = cumulative[:, -1:]
-    threshold = torch.minimum(u.to(dtype)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    p = logits.softmax(-1)
+    num_tokens = p.shape[1]
+    whole = num_tokens - num_tokens % BLOCK
+    sums = [p[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1), p[:, whole:].sum(-1, keepdim=True)]
+    block, rest = _invert(torch.cat(sums, 1), u)
+    columns = BLOCK * block[:, None] + torch.arange(BLOCK, device=p.device)
+    inside = p.gather(1, columns.clamp(max=num_tokens - 1)).masked_fill(columns >= num_tokens, 0.0)
+    token, _ = _invert(inside, rest)
+    return BLOCK * block + token
+
+
+def _invert(masses: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the running sum of ``masses`` ``[B, n]``, as a share of its end, passes ``u``, and how far into that one.
+
+    Never one of mass zero, and always an index, for NaN too.
+    """
+    # Apple's GPUs have no float64.
+    running = masses.to(torch.float32 if masses.device.type == "mps" else torch.float64).cumsum(-1)
+    total = running[:, -1:]
+    reached = torch.minimum(u.to(running.dtype)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(running, reached, right=True).clamp(max=masses.shape[1] - 1)
+    own = masses.gather(1, index).to(running.dtype)
+    before = running.gather(1, index) - own
+    return index.squeeze(-1), ((reached - before) / own).clamp(0.0, 1.0).squeeze(-1)
 
 
 @dataclass(frozen=True)
@@ -105,7 +129,8 @@ class _Choose:
     ``bad`` ``[B]`` is the first position without a finite largest logit, ``max_new_tokens`` where there is none. There
     the row gets an end token, and nobody waits for the device: who called `generate` looks once, afterwards.
     ``log_probs`` ``[B, max_new_tokens]``, where kept, are those of the chosen tokens. ``rows`` are the rows of the
-    batch that are still written; the response begins at ``begin``. ``never`` is a token that is not drawn.
+    batch that are still written; the response begins at ``begin``. ``never`` is a token that is not drawn. What is
+    returned is one tensor, changed in two places a row: filling one for every token would take as long as the draw.
     """
 
     def __init__(
@@ -125,25 +150,31 @@ class _Choose:
         self.bad = torch.full((len(draws),), sampling.max_new_tokens, device=draws.device)
         self.log_probs = torch.zeros(draws.shape, device=draws.device) if keep else None
         self.rows = torch.arange(len(draws), device=draws.device)
+        self.only: Tensor | None = None
+        self.last: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = input_ids.shape[1] - self.begin
         logits = scores[:, : self.num_tokens].float()  # the padding of the vocabulary is never sampled
         if self.never:
             logits = logits.index_fill(1, torch.tensor(self.never, device=logits.device), -torch.inf)
-        if self.sampling.temperature == 0:
-            chosen = logits.argmax(-1)
-        else:
+        largest, chosen = logits.max(-1)
+        if self.sampling.temperature > 0:
             logits = filtered(logits, self.sampling)
             chosen = draw(logits, self.draws[self.rows, position])
         # NaN and +inf are found by the largest, and so is a row of -inf alone; some models forbid tokens by -inf.
-        bad = ~logits.amax(-1).isfinite()
+        bad = ~largest.isfinite()
         self.bad[self.rows] = torch.where(bad, self.bad[self.rows].clamp(max=position), self.bad[self.rows])
         chosen = chosen.masked_fill(bad, self.stop)
         if self.log_probs is not None and self.sampling.temperature > 0:  # greedily a token is drawn with certainty
             drawn = logits.log_softmax(-1).gather(-1, chosen[:, None]).squeeze(-1)
             self.log_probs[self.rows, position] = drawn
-        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
+        if self.only is None:
+            self.only = torch.full_like(scores, -torch.inf)
+        elif self.last is not None:
+            self.only.scatter_(-1, self.last, -torch.inf)
+        self.last = chosen[:, None]
+        return self.only.scatter_(-1, self.last, 0.0)
 
     def half_ended(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """A criterion to stop at: half of the rows have ended, so that the others go on without them."""
@@ -156,7 +187,7 @@ class _Choose:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these of ``rows`` alone."""
-        self.rows = self.rows[rows]
+        self.rows, self.only, self.last = self.rows[rows], None, None
 
 
 def generate(

@@ -211,7 +211,7 @@ def row_counts(scorer: Scorer, project: Projection, num_rows: int, byte_budget: 
         chunk = (byte_budget - block * block_row) // chunk_row
     num_chunks = max(math.ceil(num_rows / max(chunk, block, 1)), 1)
     chunk = max(math.ceil(num_rows / num_chunks), 1)
-    return chunk, min(block, chunk) or chunk
+    return chunk, math.ceil(chunk / math.ceil(chunk / block)) if block else chunk
 
 
 def slices(num_rows: int, size: int) -> Iterator[slice]:
