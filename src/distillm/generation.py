@@ -18,7 +18,6 @@ from .errors import TrainingError, first_of
 from .heads import eval_mode
 from .types import Example, Layout, Origin, answer, last_turn
 
-
 BLOCK = 256
 """Tokens whose probabilities are added up at once; a vocabulary has some hundreds of such blocks."""
 
