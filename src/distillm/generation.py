@@ -157,8 +157,10 @@ class _Choose:
         logits = scores[:, : self.num_tokens].float()  # the padding of the vocabulary is never sampled
         if self.never:
             logits = logits.index_fill(1, torch.tensor(self.never, device=logits.device), -torch.inf)
-        largest, chosen = logits.max(-1)
-        if self.sampling.temperature > 0:
+        largest = logits.amax(-1)
+        if self.sampling.temperature == 0:
+            chosen = logits.argmax(-1)
+        else:
             logits = filtered(logits, self.sampling)
             chosen = draw(logits, self.draws[self.rows, position])
         # NaN and +inf are found by the largest, and so is a row of -inf alone; some models forbid tokens by -inf.
