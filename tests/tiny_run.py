@@ -99,7 +99,7 @@ def lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 def figures(folder: Path) -> list[dict[str, Any]]:
     """Every step and validation of a run's log, in the order of writing, but for the time they took."""
-    kept = [entry for entry in lines(folder / "metrics.jsonl") if entry["kind"] != "event"]
+    kept = [entry for entry in lines(folder / "metrics.jsonl") if entry["kind"] not in ("event", "time")]
     return [{k: v for k, v in entry.items() if k != "seconds"} for entry in kept]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutput
 
+from .accounting import computed, part
 from .data.collate import lay_out_prompts
 from .errors import TrainingError, first_of
 from .heads import eval_mode
@@ -226,7 +227,11 @@ def generate(
         rows = order[at : at + batch_size]
         contexts = [_context(prompts[i], origin) for i in rows]
         draws = np.stack([uniforms(seed, steps[i], prompts[i].id, sampling.max_new_tokens) for i in rows])
-        drawn = _respond(model, contexts, sampling, draws, layout, end_ids, num_tokens, mixture, keep_log_probs)
+        with part("generation"):
+            drawn = _respond(model, contexts, sampling, draws, layout, end_ids, num_tokens, mixture, keep_log_probs)
+        lengths = [(len(c), len(r)) for c, r in zip(contexts, drawn.responses, strict=True)]
+        for writer in (model, *([] if mixture is None else [mixture.model])):
+            computed(writer, tokens=lengths, logits=sum(written for _, written in lengths))
         if any(drawn.bad):
             raise _not_finite([prompts[i].id for i in rows], sum(drawn.bad))
         for i, response, log_probs in zip(rows, drawn.responses, drawn.log_probs, strict=True):

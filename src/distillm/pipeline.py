@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .accounting import account_for, kept_by, part, peak_bytes, peak_rate
 from .assembly import make_sampling
 from .assess import answers, assess
 from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of
@@ -42,8 +43,9 @@ def distill(run: Run, display: Display | None = None, command: str | None = None
     display = display or Display(quiet=True)
     folder = RunFolder(Path(run.output))
     checkpoint = folder.open(resume=run.resume == "auto", overwrite=run.overwrite)
-    with _interruptible(display) as stop:
+    with _interruptible(display) as stop, kept_by(account_for(run.device)) as account:
         project = build(run, display, stop, folder)
+        project.account = account
         try:
             if checkpoint is not None:
                 _resume(project, checkpoint, command)
@@ -53,6 +55,9 @@ def distill(run: Run, display: Display | None = None, command: str | None = None
                 folder.forget_eval(system="student")
                 _train(project)
             _finish(project)
+            _log_time(project)
+            report = write_report([folder.path], folder.path / "report.html")
+            display.note(f"student: {folder.student}\nreport:  {report}")
         except TrainingError as error:
             _event(project, "failed", str(error), rows=error.rows)
             state = project.state
@@ -72,13 +77,20 @@ def _begin(project: Project, command: str | None) -> None:
 
 def _describe(project: Project, command: str | None, resumed: bool = False) -> None:
     models = {"student": project.models.student, "teacher": project.models.teacher}
-    origin = provenance(models, project.accelerator.device, command) | {"resolved": _resolved(project)}
+    device = project.accelerator.device
+    origin = provenance(models, device, command) | {"resolved": _resolved(project)}
+    origin["peak_flops"] = peak_rate(device, torch.bfloat16 if _computes_bf16(project) else torch.float32)
     if resumed:  # what began the run stays; what it was gone on with is added
         before = read_yaml(str(project.folder.path)).get("provenance") or {}
         origin |= {key: before[key] for key in ("command", "started") if key in before}
         origin["resumed"] = [*before.get("resumed", []), command]
     text = as_yaml(project.run.model_copy(update={"provenance": origin}))
     write_text(project.folder.path / "run.yaml", text)
+
+
+def _computes_bf16(project: Project) -> bool:
+    run = project.run
+    return "bf16" in run.train.mixed_precision or run.student.dtype == "bfloat16"
 
 
 def _resolved(project: Project) -> dict[str, float]:
@@ -98,6 +110,7 @@ def _train(project: Project) -> None:
     with project.display.phase("train", total, began) as advance, _saved_if_stopped(project):
         for step in training(project):
             _log_step(project, step)
+            project.account.settle()
             advance(step.step, _words(step))
             due = step.step == total or step.step % project.every == 0
             if due:
@@ -105,6 +118,7 @@ def _train(project: Project) -> None:
             save = run.checkpoint.every
             if step.step == total or (step.step % save == 0 if save else due) or project.stop.is_set():
                 _save(project)
+                _log_time(project)
             if project.stop.is_set() and step.step < total:
                 _event(project, "interrupted", "stopped by the user")
                 raise Interrupted(
@@ -147,6 +161,14 @@ def _log_step(project: Project, step: Step) -> None:
         project.accelerator.log({k: v for k, v in numbers.items() if v is not None}, step=step.step)
 
 
+def _log_time(project: Project) -> None:
+    """Where the time went since the last such line, what was computed in it, and the most memory held so far."""
+    seconds, flops = project.account.take()
+    entry: dict[str, Any] = {"kind": "time", "step": project.state.step, "flops": flops}
+    entry |= {"seconds": {name: round(took, 3) for name, took in seconds.items()}}
+    project.folder.append(METRICS, entry | {"peak_bytes": peak_bytes(project.accelerator.device)})
+
+
 def _words(step: Step) -> str:
     phi, buffer = step.figures.get("probability"), step.figures.get("buffer")
     adaptive = "" if phi is None else f"  {step.batch}  p {phi:.1f}"
@@ -187,7 +209,9 @@ def _samples(project: Project) -> None:
             else answers(project.run, models, models.teacher, rows)
         )
         project.teacher_texts = dict(zip((e.id for e in rows), texts, strict=True))
-    for example, text in zip(rows, answers(project.run, models, models.student, rows), strict=True):
+    with part("validation", whole=True):
+        texts = answers(project.run, models, models.student, rows)
+    for example, text in zip(rows, texts, strict=True):
         entry = {
             "step": project.state.step,
             "id": example.id,
@@ -209,7 +233,8 @@ def _save(project: Project) -> None:
         "teacher_texts": project.teacher_texts,
     }
     student, optimizer = project.models.student, project.optimizer
-    save_checkpoint(project.folder.checkpoints, student, optimizer, project.state, project.buffer, extra)
+    with part("saving"):
+        save_checkpoint(project.folder.checkpoints, student, optimizer, project.state, project.buffer, extra)
     project.checkpointed = project.state.step
     _retain(project)
 
@@ -274,14 +299,13 @@ def _finish(project: Project) -> None:
         said = f"by {project.run.validation.select} the student is no better than it was before training"
         _event(project, "worse", said)
         project.display.note(f"{said}: try a lower optim.lr, more steps, or optim.warmup_steps")
-    save_student(project.run, models, folder.student)
+    with part("saving"):
+        save_student(project.run, models, folder.student)
     _score_tests(project, models.student, "student")
     if models.teacher is not None and "teacher" in project.run.evaluation.compare:
         _score_tests(project, models.teacher, "teacher")
     if project.run.tracker != "none":
         project.accelerator.end_training()
-    report = write_report([folder.path], folder.path / "report.html")
-    project.display.note(f"student: {folder.student}\nreport:  {report}")
 
 
 def _score_tests(project: Project, model: PreTrainedModel, system: str) -> None:
@@ -293,7 +317,8 @@ def _score_tests(project: Project, model: PreTrainedModel, system: str) -> None:
         file = f"{name}-{system}"
         if project.folder.has_eval(file):
             continue
-        with project.display.phase(f"score {SYSTEMS[system]} on {name}", len(rows.examples) * len(seeds)) as advance:
+        phase = project.display.phase(f"score {SYSTEMS[system]} on {name}", len(rows.examples) * len(seeds))
+        with part("scoring", whole=True), phase as advance:
             checked = unless_stopped(project.stop, advance)
             result = assess(
                 run,

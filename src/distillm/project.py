@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from . import assembly, schedules
+from .accounting import Account, part
 from .adapters import merged
 from .assembly import Models
 from .assess import answers, measure
@@ -51,6 +52,7 @@ class Project:
     buffer: ReplayBuffer
     display: Display
     stop: threading.Event
+    account: Account = field(default_factory=lambda: Account(torch.device("cpu")))
     first: float | None = None
     best: tuple[float, int] | None = None
     checkpointed: int | None = None
@@ -73,9 +75,12 @@ def build(
         folder or RunFolder(Path(run.output)),
     )
     accelerator = assembly.make_accelerator(run)
-    read = read_data(run)
-    models = assembly.load_models(run, accelerator, display.note)
-    rows = load_rows(run, read, models, display.note)
+    with part("data"):
+        read = read_data(run)
+    with part("loading"):
+        models = assembly.load_models(run, accelerator, display.note)
+    with part("data"):
+        rows = load_rows(run, read, models, display.note)
     steps = _total_steps(run, rows.train)
     folder.clear()
     if run.tracker != "none":
@@ -162,6 +167,11 @@ def validated(project: Project) -> dict[str, float]:
     Raises:
         TrainingError: the cross-entropy is not finite.
     """
+    with part("validation", whole=True):
+        return _validated(project)
+
+
+def _validated(project: Project) -> dict[str, float]:
     run, models, state = project.run, project.models, project.state
     examples = project.validation.examples
     figures = measure(run, models, examples)

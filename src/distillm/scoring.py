@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .accounting import computed, part
 from .data import collate
 from .models import HeadReader
 from .teacher_cache import TeacherCache
@@ -71,9 +72,11 @@ class Pair:
         """Let the models read ``examples``; gradients, where they are on, reach the student alone."""
         batch = collate(examples, self.layout).to(self.device)
         target = batch.labels != IGNORE
-        student = self.read_student(self.student, batch)
+        with part("student forward"):
+            student = _one_dtype(self.read_student(self.student, batch)).narrow(self.num_tokens)
+        _account(self.student, examples)
         return Scored(
-            student=_one_dtype(student).narrow(self.num_tokens),
+            student=student,
             teacher=self.teacher_head(examples) if with_teacher else None,
             labels=batch.labels[target],
             sequence=target.nonzero()[:, 0],
@@ -91,17 +94,24 @@ class Pair:
 
         def read(rows: Sequence[Example]) -> tuple[Head, list[int]]:
             batch = collate(rows, self.layout_for("teacher"), reader="teacher").to(self.device)
+            _account(teacher, rows)
             return reader(teacher, batch), (batch.labels != IGNORE).sum(1).tolist()
 
-        if self.cache is None or not reader.fused:
-            return _one_dtype(read(examples)[0]).narrow(self.num_tokens)
+        with part("teacher"):
+            if self.cache is None or not reader.fused:
+                return _one_dtype(read(examples)[0]).narrow(self.num_tokens)
 
-        def states(rows: Sequence[Example]) -> Sequence[Tensor]:
-            head, counts = read(rows)
-            return head.hidden.split(counts)
+            def states(rows: Sequence[Example]) -> Sequence[Tensor]:
+                head, counts = read(rows)
+                return head.hidden.split(counts)
 
-        hidden = torch.cat([kept.to(self.device) for kept in self.cache.states(examples, states)])
-        return _one_dtype(reader.head(hidden)).narrow(self.num_tokens)
+            hidden = torch.cat([kept.to(self.device) for kept in self.cache.states(examples, states)])
+            return _one_dtype(reader.head(hidden)).narrow(self.num_tokens)
+
+
+def _account(model: nn.Module, rows: Sequence[Example]) -> None:
+    lengths = [(row.start, len(row.tokens) - row.start) for row in rows]
+    computed(model, tokens=lengths, logits=sum(sum(row.targets) for row in rows), trained=torch.is_grad_enabled())
 
 
 def _log_probs(examples: Sequence[Example], device: torch.device) -> Tensor | None:

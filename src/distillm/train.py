@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from .accounting import part
 from .errors import DataError, TrainingError, first_of
 from .heads import eval_mode
 from .kernels import linear_cross_entropy, linear_divergence
@@ -59,7 +60,8 @@ def training_steps(
     pair.student.train()
     while state.step < state.total_steps:
         began = time.perf_counter()
-        drawn = method.source(state)
+        with part("data"):
+            drawn = method.source(state)
         active = [(term, term.weight(state), term.count(drawn.rows)) for term in method.loss]
         active = [(term, weight, count) for term, weight, count in active if weight != 0 and count > 0]
         sums: dict[str, Tensor] = {}
@@ -70,9 +72,11 @@ def training_steps(
                 continue
             with accelerator.autocast():
                 scored = pair.score(micro, state, with_teacher=any(term.reads_teacher for term, _ in here))
-                totals = [(term, share, term.total(scored.only(term.origins))) for term, share in here]
-            # Not accelerator.backward, which divides once more where the environment asks it to accumulate.
-            torch.stack([share * total for _, share, total in totals]).sum().backward()
+                with part("loss"):
+                    totals = [(term, share, term.total(scored.only(term.origins))) for term, share in here]
+            with part("student backward"):
+                # Not accelerator.backward, which divides once more where the environment asks it to accumulate.
+                torch.stack([share * total for _, share, total in totals]).sum().backward()
             for term, _, total in totals:
                 sums[term.name] = sums.get(term.name, 0) + total.detach()
             for name, (total, count) in scored.figures.items():
@@ -81,7 +85,8 @@ def training_steps(
         counts = {term.name: count for term, _, count in active}
         terms = {name: float(sums[name]) / count for name, count in counts.items()}
         rate = learning_rate(state)
-        norm = _update(pair, optimizer, rate, max_grad_norm, accelerator, terms, drawn, state) if active else 0.0
+        with part("optimizer"):
+            norm = _update(pair, optimizer, rate, max_grad_norm, accelerator, terms, drawn, state) if active else 0.0
         figures = drawn.figures | {name: float(total) / max(count, 1) for name, (total, count) in watched.items()}
         for name, (total, count) in watched.items():
             state.observe(name, float(total), count)

@@ -20,7 +20,7 @@ TINY = tl.constexpr(2.0**-126)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NO_LABEL = tl.constexpr(-100)
-HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
+HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @triton.jit

@@ -131,6 +131,16 @@ def origin_table(run: RunFolder) -> Table | None:
     return Table("Batches by origin in each stretch of steps.", ["Steps", *names], rows)
 
 
+def time_table(run: RunFolder) -> Table | None:
+    """Where the time of the whole run went, without a line for what took none."""
+    parts = {name: seconds for name, seconds in run.parts.items() if seconds >= 0.05}
+    if not parts:
+        return None
+    total = math.fsum(parts.values())
+    rows = [[name, f"{seconds:.1f}", f"{seconds / total:.1%}"] for name, seconds in parts.items()]
+    return Table("Where the time went, from start to end.", ["Part", "Seconds", "Share"], rows)
+
+
 def as_json(charts: Sequence[Chart]) -> str:
     """The charts as JSON that is inert inside a script element: no ``<``, ``>`` or ``&`` is left."""
     text = json.dumps([asdict(chart) for chart in charts], allow_nan=False, separators=(",", ":"))

@@ -24,6 +24,7 @@ from .charts import (
     overlay_charts,
     run_charts,
     step_table,
+    time_table,
     validation_table,
 )
 from .compare import rows_of
@@ -166,7 +167,7 @@ def _runs_table(runs: Sequence[RunFolder]) -> Table:
 
 def _section(run: RunFolder, section_id: str, share: float) -> Section:
     max_rows = max(12, int(200 * share))
-    tables = [validation_table(run, max_rows), step_table(run, max_rows), origin_table(run)]
+    tables = [validation_table(run, max_rows), step_table(run, max_rows), origin_table(run), time_table(run)]
     samples = _samples(run)
     return Section(
         id=section_id,

@@ -47,6 +47,7 @@ class RunFolder:
     steps: list[Record]
     validations: list[Record]
     events: list[Record]
+    times: list[Record]
     samples: list[Record]
     scores: list[Scores]
     has_student: bool
@@ -67,6 +68,25 @@ class RunFolder:
         """Seconds spent in the recorded steps, or None where none says."""
         spent = [seconds for step in self.steps if (seconds := number_in(step, "seconds")) is not None]
         return math.fsum(spent) if spent else None
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part of the work, the longest first."""
+        spent: dict[str, float] = {}
+        for record in self.times:
+            for name in mapping(record, "seconds"):
+                spent[name] = spent.get(name, 0.0) + (number_in(mapping(record, "seconds"), name) or 0.0)
+        return dict(sorted(spent.items(), key=lambda item: item[1], reverse=True))
+
+    @property
+    def flops(self) -> float:
+        """Operations of the matrix products that the models' rows needed."""
+        return math.fsum(number_in(record, "flops") or 0.0 for record in self.times)
+
+    @property
+    def peak_bytes(self) -> float | None:
+        """The most memory that the run held, where it is known."""
+        return max((held for record in self.times if (held := number_in(record, "peak_bytes"))), default=None)
 
     @property
     def stopped(self) -> Record | None:
@@ -128,6 +148,7 @@ def _read_run(path: Path) -> RunFolder:
     steps = _by_step([record for record in metrics if record.get("kind") == "step"])
     validations = _by_step([record for record in metrics if record.get("kind") == "validation"])
     events = [record for record in metrics if record.get("kind") == "event" and _has_step(record)]
+    times = [record for record in metrics if record.get("kind") == "time"]
     run = RunFolder(
         path=path,
         name=path.resolve().name,
@@ -136,6 +157,7 @@ def _read_run(path: Path) -> RunFolder:
         steps=steps,
         validations=validations,
         events=events,
+        times=times,
         samples=[row for row in _read_lines(path / "samples.jsonl", notes) if _has_step(row) and "id" in row],
         scores=_read_scores(sorted((path / "eval").glob("*.json")), notes),
         has_student=(path / "student").is_dir(),
@@ -175,6 +197,7 @@ def _read_alone(path: Path) -> RunFolder:
         steps=[],
         validations=[],
         events=[],
+        times=[],
         samples=[],
         scores=scores,
         has_student=False,

@@ -148,6 +148,9 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
         if all(count is not None for count in tokens):
             time += f", {math.fsum(count or 0 for count in tokens) / seconds:.3g} tokens/s"
         rows.append(("Time", time))
+    rows.append(("Computed", _computed(run)))
+    if run.peak_bytes:
+        rows.append(("Memory", f"{run.peak_bytes / 2**30:.2f} GiB at most"))
     rows.append(("Started", _plain(provenance.get("started"))))
     machine = [_plain(provenance.get("machine")), _plain(provenance.get("device"))]
     if provenance.get("threads") is not None:
@@ -158,6 +161,20 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
     rows.append(("Versions", ", ".join(versions)))
     rows.append(("Folder", str(run.path)))
     return [(name, value) for name, value in rows if value]
+
+
+def _computed(run: RunFolder) -> str:
+    seconds, peak = math.fsum(run.parts.values()), number_in(run.provenance, "peak_flops")
+    if not run.flops or not seconds:
+        return ""
+    rate = run.flops / seconds
+    share = f", {rate / peak:.1%} of what a large product reaches here" if peak else ""
+    return f"{_operations(run.flops)} in products that rows needed, {_operations(rate)}/s over the whole run{share}"
+
+
+def _operations(count: float) -> str:
+    name, size = next(((n, s) for n, s in (("P", 1e15), ("T", 1e12), ("G", 1e9)) if count >= s), ("M", 1e6))
+    return f"{count / size:.3g} {name}FLOP"
 
 
 def command(run: RunFolder) -> str | None:

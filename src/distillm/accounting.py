@@ -1,0 +1,170 @@
+"""Where a run's time goes, and what it computes for it: seconds by part, and floating-point operations."""
+
+import sys
+import time
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from itertools import pairwise
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+OTHER = "other"
+
+
+class Account:
+    """Seconds of each part, without those of the parts inside it, and the operations of both models.
+
+    On a GPU a part begins and ends at a mark in its stream, and the marks are read by ``settle``: nothing waits for
+    the device before. What belongs to no part is "other". Operations are those of the matrix products that the rows
+    need: forward twice a weight and token, backward twice that, heads at target tokens alone; neither padding nor
+    attention's own products count.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flops = 0
+        self.seconds: dict[str, float] = {}
+        self._parts: list[str] = []
+        self._whole = False
+        self._marks: list[tuple[str, Any]] = [(OTHER, self._mark())]
+
+    @contextmanager
+    def part(self, name: str, whole: bool) -> Generator[None]:
+        """What is inside is ``name``'s; with ``whole``, all of it, whatever parts it has."""
+        if self._whole:
+            yield
+            return
+        self._end()
+        self._parts.append(name)
+        self._whole = whole
+        try:
+            yield
+        finally:
+            self._end()
+            self._parts.pop()
+            self._whole = False
+
+    def settle(self) -> None:
+        """Read the marks, waiting for what the device has been given: for where it has been waited for anyhow."""
+        self._end()
+        if self.device.type == "cuda":
+            self._marks[-1][1].synchronize()
+        for (_, begun), (name, ended) in pairwise(self._marks):
+            took = begun.elapsed_time(ended) / 1e3 if self.device.type == "cuda" else ended - begun
+            self.seconds[name] = self.seconds.get(name, 0.0) + took
+        self._marks = self._marks[-1:]
+
+    def take(self) -> tuple[dict[str, float], int]:
+        """Seconds by part and operations since the last call."""
+        self.settle()
+        taken = self.seconds, self.flops
+        self.seconds, self.flops = {}, 0
+        return taken
+
+    def _end(self) -> None:
+        self._marks.append((self._parts[-1] if self._parts else OTHER, self._mark()))
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+_ACCOUNT: ContextVar[Account | None] = ContextVar("account", default=None)
+
+
+def account_for(device: str) -> Account:
+    """An account of what a run on ``device`` does: auto, cuda, mps or cpu."""
+    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    return Account(torch.device("cuda" if cuda else "cpu"))
+
+
+@contextmanager
+def kept_by(account: Account) -> Generator[Account]:
+    """``account`` is told of the parts inside."""
+    token = _ACCOUNT.set(account)
+    try:
+        yield account
+    finally:
+        _ACCOUNT.reset(token)
+
+
+@contextmanager
+def part(name: str, whole: bool = False) -> Generator[None]:
+    """A part of the work, for whoever keeps account of it."""
+    account = _ACCOUNT.get()
+    if account is None:
+        yield
+    else:
+        with account.part(name, whole):
+            yield
+
+
+def computed(model: nn.Module, *, tokens: Iterable[tuple[int, int]], logits: int, trained: bool = False) -> None:
+    """``model`` read rows, each of so many prompt and response tokens, and formed ``logits`` rows of logits."""
+    account = _ACCOUNT.get()
+    if account is None:
+        return
+    of_prompt, of_response, of_logit = _weights(model)
+    products = of_logit * logits + sum(of_prompt * prompt + of_response * response for prompt, response in tokens)
+    account.flops += (6 if trained else 2) * products
+
+
+_WEIGHTS: WeakKeyDictionary[Any, tuple[int, int, int]] = WeakKeyDictionary()
+
+
+def _weights(model: Any) -> tuple[int, int, int]:
+    """Weights that meet a token of the prompt, one of the response, and a row of logits."""
+    if model in _WEIGHTS:
+        return _WEIGHTS[model]
+    output = model.get_output_embeddings()
+
+    def inner(part: Any) -> int:
+        return sum(
+            p.numel()
+            for module in part.modules()
+            if module is not output and not isinstance(module, nn.Embedding)
+            for p in module.parameters(recurse=False)
+            if p.ndim == 2
+        )
+
+    of_logit = 0 if output is None else output.weight.numel()
+    every = inner(model)
+    of_prompt = inner(model.get_encoder()) if model.config.is_encoder_decoder else every
+    found = of_prompt, every - of_prompt if model.config.is_encoder_decoder else every, of_logit
+    _WEIGHTS[model] = found
+    return found
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory that this process has held so far, of the device where it has its own; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+@cache
+def peak_rate(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations a second that a large product reaches here, the best of three; None where nothing tells its time."""
+    if device.type not in ("cpu", "cuda"):
+        return None
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    account, times = Account(device), list[float]()
+    for _ in range(4):
+        account.take()
+        torch.mm(a, a)
+        times.append(sum(account.take()[0].values()))
+    return 2 * size**3 / min(times[1:])
