@@ -36,7 +36,7 @@ from kernel_cases import (
 
 pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA, and with the extra dev")
 
-from distillm.kernels import triton_kernels, triton_rows
+from distillm.kernels import sweep, triton_kernels, triton_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = [name for name in DIVERGENCES if name != "adaptive_kl"]
@@ -263,6 +263,23 @@ def test_narrowed_heads() -> None:
     assert_exact(narrowed, teacher, student)
 
 
+def test_a_head_narrowed_to_shared_tokens_is_padded_by_the_rows_behind_them() -> None:
+    teacher, student = here(1, 5, 200, 11), here(2, 5, 200, 7)
+    narrow = student.narrow(101)
+    assert narrow.weight is not None
+    padded = sweep.Projection(narrow, triton_rows.ALIGN).weight
+    assert padded is not None
+    assert (padded.data_ptr(), len(padded)) == (narrow.weight.data_ptr(), 128)
+    weights = torch.rand(5, device=DEVICE)
+
+    def loss(impl: Any) -> Tensor:
+        return linear_divergence("skew_kl", teacher.narrow(101), student.narrow(101), weights, impl=impl)
+
+    tensors = [student.hidden, student.weight]
+    for one, other in zip(*(torch.autograd.grad(loss(impl), tensors) for impl in ("triton", "eager")), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=1e-6)
+
+
 def test_no_rows_are_worth_nothing() -> None:
     weights = torch.zeros(0, device=DEVICE)
     for student in (here(1, 0, 9, 4, bias=True), here(1, 0, 9, 4, raw=True)):
@@ -283,7 +300,7 @@ def test_a_second_backward_says_why_it_cannot_be() -> None:
 
 def test_flops_are_the_least_and_no_gradient_is_made_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, student = here(1, 7, 101, 12), here(2, 7, 101, 5)
-    product, weights, targets = 2 * 7 * 101, torch.ones(7, device=DEVICE), []
+    product, weights, targets = 2 * 7 * 128, torch.ones(7, device=DEVICE), []  # 101 columns, padded to whole pieces
     launch = triton_rows._launch
     monkeypatch.setattr(
         triton_rows, "_launch", lambda *given, **how: (targets.append(given[1].target), launch(*given, **how))

@@ -249,7 +249,7 @@ def divergence_kernel(
     num_passes: tl.constexpr = 1 if target is None or KNOWN_SUM else 2
     for step in tl.static_range(num_passes):
         value, g_lanes = tl.zeros([TILE // 8], tl.float32), tl.zeros([TILE // 8], tl.float32)
-        for start in range(0, num_tokens, TILE):
+        for start in range(0, student_width, TILE):  # beyond the vocabulary zeros are written
             columns = start + places
             xp, cp, _p = _logits(teacher, columns, num_tokens, teacher_width, teacher_step, teacher_scale, teacher_cap)
             xq, cq, slope = _logits(
@@ -264,7 +264,7 @@ def divergence_kernel(
             if target is not None and step == num_passes - 1:
                 dz = (g - q * g_sum) * (slope * weight)
                 place = target + row * target_row + columns.to(tl.int64) * target_step
-                tl.store(place, tl.where(columns < num_tokens, dz, -INF), mask=columns < student_width)
+                tl.store(place, tl.where(columns < num_tokens, dz, 0.0), mask=columns < student_width)
         if step == 0:
             tl.store(values + row, tl.sum(value, 0))
             if num_passes == 2:
@@ -300,11 +300,11 @@ def cross_entropy_kernel(
     tl.store(values + row, tl.where(label == NO_LABEL, 0.0, value))
     if target is not None:
         weight = tl.load(weights + row)
-        for start in range(0, num_tokens, TILE):
+        for start in range(0, student_width, TILE):
             columns = start + places
             x, _, slope = _logits(student, columns, num_tokens, student_width, student_step, scale, softcap)
             q = tl.exp2(tl.fma(x, c, -top) - log_mass)
             dz = tl.where(columns == label, q - 1, q) * (slope * weight)
-            dz = tl.where(columns < num_tokens, tl.where(label == NO_LABEL, 0.0, dz), -INF)
+            dz = tl.where((columns < num_tokens) & (label != NO_LABEL), dz, 0.0)
             place = target + row * target_row + columns.to(tl.int64) * target_step
             tl.store(place, dz, mask=columns < student_width)
