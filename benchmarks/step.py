@@ -35,6 +35,7 @@ from measure import machine, seconds
 
 CONTENDERS: dict[str, tuple[list[str], str]] = {
     "sft": (["method.name=sft"], "auto"),
+    "sft, compiled": (["method.name=sft", "train.compile=true"], "auto"),
     "distillm, states kept": (["method.name=distillm", "teacher.cache=memory"], "auto"),
     "distillm, no cache": (["method.name=distillm", "teacher.cache=off"], "auto"),
     "distillm, no cache, full logits": (["method.name=distillm", "teacher.cache=off"], "eager"),
@@ -73,9 +74,10 @@ def settings(options: argparse.Namespace, output: str) -> dict[str, Any]:
 
 
 def contenders(options: argparse.Namespace, folder: str) -> Iterator[tuple[str, Contender]]:
-    for number, (name, (overrides, impl)) in enumerate(CONTENDERS.items()):
+    chosen = {name: how for name, how in CONTENDERS.items() if options.compile or "compile" not in name}
+    for number, (name, (overrides, impl)) in enumerate(chosen.items()):
         given = settings(options, f"{folder}/{number}")
-        if name == "sft":
+        if name.startswith("sft"):
             given["method"] = {"name": "sft"}
         yield name, Contender(make_run(given, overrides), impl)
 
@@ -129,6 +131,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mixed-precision", choices=["none", "bf16"], default="none")
     parser.add_argument("--teacher-dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--compile", action="store_true", help="compiled fine-tuning too, which takes minutes at first")
     parser.add_argument("--output", type=Path, help="write machine, settings and times there, as JSON")
     return parser.parse_args()
 

@@ -119,3 +119,11 @@ def test_memory_is_that_of_the_process() -> None:
     assert (peak_bytes(CPU) or 0) >= held
     assert (peak_bytes(CPU) or 0) >= block.nbytes
     assert peak_rate(torch.device("meta"), torch.float32) is None
+
+
+def test_measuring_the_machine_leaves_the_draws_of_a_run_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    peak_rate.cache_clear()
+    peak_rate(CPU, torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), before)

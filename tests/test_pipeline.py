@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -321,3 +322,17 @@ def test_the_command_that_began_a_run_stays_when_it_goes_on_with_other_settings(
     distill(make_run(read_yaml(str(tmp_path / "run")) | {"resume": "auto"}, ["train.steps=9"]), command="second")
     kept = read_yaml(str(tmp_path / "run"))["provenance"]
     assert (kept["command"], kept["resumed"]) == ("first", ["second"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
+def test_compiled_layers_train_as_others_do(kind: str, tmp_path: Path) -> None:
+    made = materials(tmp_path, kind)
+    # Without dropout, of which compiled layers have their own draws.
+    changes = {"train.steps": 4, "method.initial_probability": 0.5, "student.dropout": 0.0}
+    plain = distill(tiny_run(made, tmp_path / "plain", changes))
+    compiled = distill(tiny_run(made, tmp_path / "compiled", changes | {"train.compile": True}))
+    losses = [[row["loss"] for row in lines(folder / "metrics.jsonl", "step")] for folder in (plain, compiled)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

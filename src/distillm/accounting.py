@@ -126,19 +126,19 @@ def _weights(model: Any) -> tuple[int, int, int]:
         return _WEIGHTS[model]
     output = model.get_output_embeddings()
 
-    def inner(part: Any) -> int:
-        return sum(
-            p.numel()
-            for module in part.modules()
-            if module is not output and not isinstance(module, nn.Embedding)
-            for p in module.parameters(recurse=False)
-            if p.ndim == 2
-        )
-
+    of_encoder = of_others = 0
+    for name, module in model.named_modules():
+        if module is output or isinstance(module, nn.Embedding):
+            continue
+        count = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 2)
+        if "encoder" in name.split("."):
+            of_encoder += count
+        else:
+            of_others += count
     of_logit = 0 if output is None else output.weight.numel()
-    every = inner(model)
-    of_prompt = inner(model.get_encoder()) if model.config.is_encoder_decoder else every
-    found = of_prompt, every - of_prompt if model.config.is_encoder_decoder else every, of_logit
+    if not model.config.is_encoder_decoder:  # BERT-like causal models have their layers in an "encoder" too
+        of_encoder = of_others = of_encoder + of_others
+    found = of_encoder, of_others, of_logit
     _WEIGHTS[model] = found
     return found
 
@@ -161,7 +161,8 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type not in ("cpu", "cuda"):
         return None
     size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=dtype)
+    own = torch.Generator(device).manual_seed(0)  # the run's own draws stay what they are
+    a = torch.randn(size, size, generator=own, device=device).to(dtype)
     account, times = Account(device), list[float]()
     for _ in range(4):
         account.take()

@@ -102,6 +102,8 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
         read_student, read_teacher = head_of(student), None if teacher is None else head_of(teacher)
     for warning in caught:
         note(str(warning.message))
+    if run.train.compile:
+        _compile_layers(student)
     pair = Pair(
         student=student,
         teacher=teacher,
@@ -265,3 +267,9 @@ def _tokenizer(given: Any, other: PreTrainedTokenizerBase | None) -> PreTrainedT
 
 def _vocabulary(model: PreTrainedModel) -> int:
     return cast(Tensor, model.get_input_embeddings().weight).shape[0]
+
+
+def _compile_layers(model: Any) -> None:
+    """Let torch compile the layers in place when they first run, for rows of any length; the head stays as it is."""
+    for part in (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model.base_model,):
+        part.compile(dynamic=True)

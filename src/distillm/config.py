@@ -195,6 +195,9 @@ class Train(Section):
     """bf16: the forward and backward passes of training, the teacher's too, compute in bfloat16. Weights, gradients of
     weights, the optimizer and what follows the logits stay as they are. Generation, validation and scoring compute in
     the type of the weights: they measure the student that is saved."""
+    compile: bool = False
+    """Compile the student's layers with torch.compile for the training steps. It takes a minute or so at first, and a
+    C++ compiler on a CPU; whether it pays depends on model and machine (docs/performance.md)."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
 

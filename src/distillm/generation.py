@@ -71,7 +71,7 @@ def draw(logits: Tensor, u: Tensor) -> Tensor:
     columns = BLOCK * block[:, None] + torch.arange(BLOCK, device=p.device)
     inside = p.gather(1, columns.clamp(max=num_tokens - 1)).masked_fill(columns >= num_tokens, 0.0)
     token, _ = _invert(inside, rest)
-    return BLOCK * block + token
+    return (BLOCK * block + token).clamp(max=num_tokens - 1)  # where there is NaN, any one will do
 
 
 def _invert(masses: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,14 +158,13 @@ class _Choose:
         logits = scores[:, : self.num_tokens].float()  # the padding of the vocabulary is never sampled
         if self.never:
             logits = logits.index_fill(1, torch.tensor(self.never, device=logits.device), -torch.inf)
-        largest = logits.amax(-1)
         if self.sampling.temperature == 0:
             chosen = logits.argmax(-1)
         else:
             logits = filtered(logits, self.sampling)
             chosen = draw(logits, self.draws[self.rows, position])
         # NaN and +inf are found by the largest, and so is a row of -inf alone; some models forbid tokens by -inf.
-        bad = ~largest.isfinite()
+        bad = ~logits.amax(-1).isfinite()
         self.bad[self.rows] = torch.where(bad, self.bad[self.rows].clamp(max=position), self.bad[self.rows])
         chosen = chosen.masked_fill(bad, self.stop)
         if self.log_probs is not None and self.sampling.temperature > 0:  # greedily a token is drawn with certainty
@@ -275,7 +274,8 @@ def _respond(
     device = model.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
     given = {name: value.to(device) for name, value in lay_out_prompts(contexts, layout).items()}
-    with eval_mode(model), _own_settings(model):
+    # What is compiled is compiled for training: a cache that grows would have it compiled anew at every length.
+    with eval_mode(model), _own_settings(model), torch.compiler.set_stance("force_eager"):
         begin = given.get("decoder_input_ids", given["input_ids"]).shape[1]
         # An encoder-decoder begins with its padding, which is no word: Marian gives it a mass that nothing trained.
         never = layout.pad_id if layout.start and layout.pad_id not in end_ids else None
