@@ -275,7 +275,7 @@ def test_a_process_stopped_by_ctrl_c_and_then_killed_while_saving_resumes_bit_fo
 ):
     folder = tmp_path / "run"
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(made, folder)), encoding="utf-8")
-    # The opens of metrics.jsonl: the validation before training, each step, and the time after the checkpoint of step 2.
+    # The opens of metrics.jsonl: the first validation, each step, and the time after the checkpoint of step 2.
     asked = process("SIGINT", r"open .*/run/metrics\.jsonl$", 5, "train", str(tmp_path / "run.yaml"))
     assert asked.returncode == 130, asked.stderr
     assert "error: stopped after step 3 of 8; everything is saved. Go on with:" in asked.stderr
