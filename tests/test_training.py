@@ -1,11 +1,13 @@
 """The loop: a step has the naive loss and gradient however it is split; rates, clipping, end tokens, validation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from distillm import losses
@@ -100,6 +102,26 @@ def test_each_term_is_divided_by_its_own_count() -> None:
     weighted = 0.5 * step.terms["forward_kl"] + 0.5 * step.terms["cross_entropy"] + TEXT_WEIGHT * step.terms["text"]
     assert step.loss == pytest.approx(weighted)
     assert step.tokens == sum(len(r.tokens) for r in ROWS + TEXT)
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=7), st.integers(1, 4), st.sampled_from(["cpu", "cuda"]))
+def test_micro_batches_are_cut_where_it_costs_least(lengths: list[int], size: int, device: str) -> None:
+    rows = [Example(str(n), [5] * length, [True] * length) for n, length in enumerate(lengths)]
+    longest = sorted(lengths, reverse=True)
+    overhead = 32 if device == "cpu" else 2048
+
+    def cost(parts: list[list[int]]) -> int:
+        return sum(part[0] * len(part) + overhead for part in parts)
+
+    def cuts(left: list[int]) -> Iterator[list[list[int]]]:
+        if not left:
+            yield []
+        for count in range(1, min(size, len(left)) + 1):
+            yield from ([left[:count], *rest] for rest in cuts(left[count:]))
+
+    found = [[len(row.tokens) for row in part] for part in micro_batches(rows, size, device)]
+    assert [length for part in found for length in part] == longest
+    assert cost(found) == min(map(cost, cuts(longest)))
 
 
 def test_micro_batches_hold_each_row_once_in_bounds_and_text_apart() -> None:

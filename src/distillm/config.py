@@ -185,7 +185,8 @@ class Train(Section):
     batch_size: PositiveInt = 32
     """Rows per optimizer step."""
     micro_batch_size: PositiveInt = 8
-    """Rows per forward and backward; lower it when memory runs out. The result does not depend on it."""
+    """Most rows per forward and backward; lower it when memory runs out. A batch is cut by length, into more parts than
+    it must be where that saves padding. The result does not depend on it."""
     length_bucket: PositiveInt = 1
     """Batches whose rows are shared out again by length, so that less is padded; 1 leaves them as they are drawn. Each
     epoch visits each row once all the same."""
