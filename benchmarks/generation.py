@@ -9,12 +9,9 @@ Contenders take turns; rates are medians, by CPU seconds on a CPU and events on 
 """
 
 import argparse
-import json
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +22,7 @@ from transformers.models.gpt2 import GPT2Config
 from transformers.utils import logging
 
 from distillm import Example, Layout, Sampling, generate
-from measure import DTYPES, machine, seconds
+from measure import DTYPES, begin, parser, seconds, write
 
 VOCABULARY, LENGTH = 50_257, 64
 Contender = Callable[[], int]
@@ -96,36 +93,29 @@ def show(title: str, rates: dict[str, list[float]], console: Console) -> list[di
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32, 128])
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--output", type=Path, help="write machine, settings and rates there, as JSON")
-    return parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    asked.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    asked.add_argument("--layers", type=int, default=4)
+    asked.add_argument("--width", type=int, default=256)
+    asked.add_argument("--rows", type=int, default=128)
+    asked.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32, 128])
+    asked.add_argument("--repetitions", type=int, default=3)
+    return asked.parse_args()
 
 
 def main() -> None:
-    options, console = parse(), Console(width=None if sys.stdout.isatty() else 120)
-    torch.set_num_threads(options.threads)
+    options = parse()
+    console, described = begin(options, options.device)
     torch.manual_seed(0)
     logging.set_verbosity_error()
-    described = machine(options.device)
-    console.print(", ".join(f"{key} {value}" for key, value in described.items()), markup=False)
     config = GPT2Config(n_layer=options.layers, n_embd=options.width, n_head=max(options.width // 64, 1))
     model = AutoModelForCausalLM.from_config(config).to(options.device, DTYPES[options.dtype]).eval()
     given, tables = prompts(options.rows), {}
     for title, ends in {"all rows to their last token": [], "rows end": list(range(0, VOCABULARY, 40))}.items():
         rates = compare(contenders(model, given, ends, options.batch_sizes), options, console)
         tables[title] = show(title, rates, console)
-    if options.output:
-        asked = {key: str(value) for key, value in vars(options).items() if key != "output"}
-        report = {"machine": described, "settings": asked, "results": tables}
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(options, described, results=tables)
 
 
 if __name__ == "__main__":

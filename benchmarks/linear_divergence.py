@@ -21,15 +21,12 @@ If the two ask for other versions than those: pip install --no-deps trl liger-ke
 import argparse
 import gc
 import itertools
-import json
 import math
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +38,7 @@ from torch.nn import functional as F
 from distillm.errors import ConfigError
 from distillm.kernels import linear_cross_entropy, linear_divergence
 from distillm.types import IGNORE, Head
-from measure import DTYPES, machine, peak_memory, peaks, seconds
+from measure import DTYPES, begin, parser, peak_memory, peaks, seconds, write
 
 BETA, ALPHA = 0.5, 0.1
 # Of GPT-2, Llama 3 and Qwen 2.5; widths of a student and a teacher; rows of responses.
@@ -297,38 +294,31 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="float32 on a CPU, else bfloat16")
-    parser.add_argument("--vocabulary", type=int, nargs="+")
-    parser.add_argument("--widths", nargs="+", metavar="STUDENT:TEACHER")
-    parser.add_argument("--rows", type=int, nargs="+", help="rows of responses")
-    parser.add_argument("--share", type=float, help="of the responses in all rows: 402/1024 on a CPU, else 1")
-    parser.add_argument("--only", default="", help="contenders whose name this regular expression finds")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="write machine, settings, times and losses there, as JSON")
-    options = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    asked.add_argument("--dtype", choices=list(DTYPES), help="float32 on a CPU, else bfloat16")
+    asked.add_argument("--vocabulary", type=int, nargs="+")
+    asked.add_argument("--widths", nargs="+", metavar="STUDENT:TEACHER")
+    asked.add_argument("--rows", type=int, nargs="+", help="rows of responses")
+    asked.add_argument("--share", type=float, help="of the responses in all rows: 402/1024 on a CPU, else 1")
+    asked.add_argument("--only", default="", help="contenders whose name this regular expression finds")
+    asked.add_argument("--repetitions", type=int, default=5)
+    options = asked.parse_args()
     for name, value in DEFAULTS[options.device].items():
         setattr(options, name, getattr(options, name) or value)
     return options
 
 
 def main() -> None:
-    options, console = parse(), Console(width=None if sys.stdout.isatty() else 120)
-    torch.set_num_threads(options.threads)
-    described = machine(options.device)
-    console.print(", ".join(f"{key} {value}" for key, value in described.items()), markup=False)
+    options = parse()
+    console, described = begin(options, options.device)
     reached, written = peaks(options.device, options.dtype), []
     console.print(f"a large product: {reached[0] / 1e12:.3g} Tflop/s; a large copy: {reached[1] / 1e9:.3g} GB/s")
     for case in cases(options):
         results = compare(case, options.only, options.repetitions, console)
         show(case, results, reached, console)
         written.append({"case": vars(case), "results": results})
-        if options.output:
-            told = {"machine": described, "flops": reached[0], "bandwidth": reached[1]}
-            report = told | {"repetitions": options.repetitions, "cases": written}
-            options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write(options, described, flops=reached[0], bandwidth=reached[1], cases=written)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """What the benchmarks measure with: time, memory, the speed that the machine reaches, and what the machine is."""
 
+import argparse
 import ctypes
 import gc
+import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import distributions
@@ -11,8 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """With what every benchmark has to ask."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--threads", type=int, default=1, help="of a CPU")
+    made.add_argument("--output", type=Path, help="write machine, settings and results there, as JSON")
+    return made
+
+
+def begin(options: argparse.Namespace, device: str) -> tuple[Console, dict[str, Any]]:
+    """Where to print, and the machine, which is printed first."""
+    torch.set_num_threads(options.threads)
+    console, described = Console(width=None if sys.stdout.isatty() else 120), machine(device)
+    console.print(", ".join(f"{key} {value}" for key, value in described.items()), markup=False)
+    return console, described
+
+
+def write(options: argparse.Namespace, described: dict[str, Any], **results: Any) -> None:
+    """``results``, what was asked and the machine, where they were asked for."""
+    if options.output:
+        asked = {key: str(value) for key, value in vars(options).items() if key != "output"}
+        report = {"machine": described, "settings": asked, **results}
+        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def seconds(call: Callable[[], Any], device: str) -> float:

@@ -32,11 +32,11 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 from distillm import build, measure
-from distillm.accounting import account_for, kept_by
+from distillm.accounting import account_for, kept_by, taken
 from distillm.config import make_run
 from distillm.project import Project, training
 from distillm.types import Example
-from measure import machine
+from measure import begin, parser, write
 
 OURS: dict[str, dict[str, Any]] = {
     "sft": {"method": {"name": "sft"}},
@@ -174,18 +174,16 @@ OTHERS: dict[str, Callable[[Project, argparse.Namespace], int]] = {
 def one(options: argparse.Namespace) -> dict[str, Any]:
     """One contender, in this process."""
     logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as folder, kept_by(account_for("cpu")) as account:
+    with tempfile.TemporaryDirectory() as folder, kept_by(account_for("cpu")):
         project = project_of(options, options.one, folder)
-        account.take()
+        taken()
         began = time.process_time()
         done = OTHERS.get(options.one, ours)(project, options)
         took = time.process_time() - began
-        parts, _ = account.take()
+        parts, _ = taken()
         project.models.student.eval()
         after = measure(project.run, project.models, project.validation.examples)
-        cache = project.models.pair.cache
-        states = {} if cache is None else {"cache": type(cache).__name__}
-    return {"seconds": took, "steps": done, "parts": parts, "validation": after, **states}
+    return {"seconds": took, "steps": done, "parts": parts, "validation": after}
 
 
 def show(results: dict[str, dict[str, Any]], console: Console) -> None:
@@ -214,32 +212,29 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teacher", help="a model folder or GGUF file")
-    parser.add_argument("--data", required=True, help="JSON Lines of instruction, input and output")
-    parser.add_argument("--layers", type=int, default=8, help="of the teacher that the student has")
-    parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--validation-rows", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", default=[*OURS, *OTHERS], choices=[*OURS, *OTHERS], metavar="CONTENDER")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, help="write machine, settings and results there, as JSON")
-    return parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("teacher", help="a model folder or GGUF file")
+    asked.add_argument("--data", required=True, help="JSON Lines of instruction, input and output")
+    asked.add_argument("--layers", type=int, default=8, help="of the teacher that the student has")
+    asked.add_argument("--rows", type=int, default=512)
+    asked.add_argument("--validation-rows", type=int, default=32)
+    asked.add_argument("--epochs", type=int, default=10)
+    asked.add_argument("--batch-size", type=int, default=8)
+    asked.add_argument("--max-length", type=int, default=512)
+    asked.add_argument("--max-new-tokens", type=int, default=128)
+    asked.add_argument("--lr", type=float, default=3e-4)
+    asked.add_argument("--only", nargs="+", default=[*OURS, *OTHERS], choices=[*OURS, *OTHERS], metavar="CONTENDER")
+    asked.add_argument("--one", help=argparse.SUPPRESS)
+    return asked.parse_args()
 
 
 def main() -> None:
     options = parse()
-    torch.set_num_threads(options.threads)
     if options.one:
+        torch.set_num_threads(options.threads)
         sys.stdout.write("\n" + json.dumps(one(options)) + "\n")
         return
-    console, results = Console(width=None if sys.stdout.isatty() else 120), dict[str, dict[str, Any]]()
-    console.print(", ".join(f"{key} {value}" for key, value in machine("cpu").items()), markup=False)
+    (console, described), results = begin(options, "cpu"), dict[str, dict[str, Any]]()
     for name in options.only:
         with console.status(name):
             command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
@@ -247,10 +242,7 @@ def main() -> None:
         last = (told.stdout if told.returncode == 0 else told.stderr).strip().splitlines()[-1:]
         results[name] = json.loads(last[0]) if told.returncode == 0 else {"why": "".join(last) or "failed"}
         show(results, console)
-        if options.output:
-            asked = {key: str(value) for key, value in vars(options).items() if key not in ("output", "one")}
-            report = {"machine": machine("cpu"), "settings": asked, "results": results}
-            options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write(options, described, results=results)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,15 @@ ratios to supervised fine-tuning. Every contender but that has the loss of Disti
 
 import argparse
 import gc
-import json
 import math
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +27,7 @@ from distillm.config import Run, make_run
 from distillm.kernels import linear_divergence
 from distillm.project import training
 from distillm.train import Step
-from measure import machine, seconds
+from measure import begin, parser, seconds, write
 
 CONTENDERS: dict[str, tuple[list[str], str]] = {
     "sft": (["method.name=sft"], "auto"),
@@ -120,32 +116,25 @@ def show(found: dict[str, Contender], device: str, console: Console) -> list[dic
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teacher", help="a model folder or GGUF file")
-    parser.add_argument("--data", required=True, help="JSON Lines of instruction, input and output")
-    parser.add_argument("--layers", type=int, default=8, help="of the teacher that the student has")
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--repetitions", type=int, default=8)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--mixed-precision", choices=["none", "bf16"], default="none")
-    parser.add_argument("--teacher-dtype", default="float32")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--compile", action="store_true", help="compiled fine-tuning too, which takes minutes at first")
-    parser.add_argument("--output", type=Path, help="write machine, settings and times there, as JSON")
-    return parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("teacher", help="a model folder or GGUF file")
+    asked.add_argument("--data", required=True, help="JSON Lines of instruction, input and output")
+    asked.add_argument("--layers", type=int, default=8, help="of the teacher that the student has")
+    asked.add_argument("--rows", type=int, default=64)
+    asked.add_argument("--batch-size", type=int, default=8)
+    asked.add_argument("--repetitions", type=int, default=8)
+    asked.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    asked.add_argument("--mixed-precision", choices=["none", "bf16"], default="none")
+    asked.add_argument("--teacher-dtype", default="float32")
+    asked.add_argument("--compile", action="store_true", help="compiled fine-tuning too, which takes minutes at first")
+    return asked.parse_args()
 
 
 def main() -> None:
-    options, console = parse(), Console(width=None if sys.stdout.isatty() else 120)
-    torch.set_num_threads(options.threads)
-    described = machine(options.device)
-    console.print(", ".join(f"{key} {value}" for key, value in described.items()), markup=False)
+    options = parse()
+    console, described = begin(options, options.device)
     results = show(measure(options, console), options.device, console)
-    if options.output:
-        asked = {key: str(value) for key, value in vars(options).items() if key != "output"}
-        report = {"machine": described, "settings": asked, "results": results}
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(options, described, results=results)
 
 
 if __name__ == "__main__":

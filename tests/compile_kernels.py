@@ -60,8 +60,9 @@ def main() -> None:
     compile_divergence("alpha_beta", torch.float32, 30.0, beta=0.0)
     with torch.no_grad():
         compile_divergence("jsd", torch.bfloat16, None)
-    student = Head(torch.zeros(2, 8, requires_grad=True), torch.zeros(NUM_TOKENS, 8))
-    triton_rows.cross_entropy_rows(student, torch.zeros(2, dtype=torch.long), torch.ones(2), None)
+    for softcap in (None, 30.0):
+        student = Head(torch.zeros(2, 8, requires_grad=True), torch.zeros(NUM_TOKENS, 8), None, 1.0, softcap)
+        triton_rows.cross_entropy_rows(student, torch.zeros(2, dtype=torch.long), torch.ones(2), None)
     for kernel in compiled:
         loads = [line for line in kernel.asm["ptx"].splitlines() if "ld.global" in line]
         wide = [line for line in loads if ".v4." in line]

@@ -31,6 +31,8 @@ def said_by_a_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "distillm", *map(str, arguments)]
     # As a user's shell has it: what the tests quieten is not quiet there.
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    # As many threads as the tests have: the last bits of a product may depend on them.
+    environment["OMP_NUM_THREADS"] = "1"
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
 
 

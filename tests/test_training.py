@@ -119,7 +119,7 @@ def test_micro_batches_are_cut_where_it_costs_least(lengths: list[int], size: in
         for count in range(1, min(size, len(left)) + 1):
             yield from ([left[:count], *rest] for rest in cuts(left[count:]))
 
-    found = [[len(row.tokens) for row in part] for part in micro_batches(rows, size, device)]
+    found = [[len(row.tokens) for row in part] for part in micro_batches(rows, size, torch.device(device))]
     assert [length for part in found for length in part] == longest
     assert cost(found) == min(map(cost, cuts(longest)))
 
@@ -127,7 +127,7 @@ def test_micro_batches_are_cut_where_it_costs_least(lengths: list[int], size: in
 def test_micro_batches_hold_each_row_once_in_bounds_and_text_apart() -> None:
     rows = [*ROWS, *TEXT]
     for size in (1, 2, 4, 100):
-        parts = micro_batches(rows, size)
+        parts = micro_batches(rows, size, torch.device("cpu"))
         assert sorted(r.id for part in parts for r in part) == sorted(r.id for r in rows)
         assert all(0 < len(part) <= size for part in parts)
         assert all(len({r.origin == "text" for r in part}) == 1 for part in parts)

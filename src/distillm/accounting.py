@@ -87,11 +87,11 @@ def account_for(device: str) -> Account:
 
 
 @contextmanager
-def kept_by(account: Account) -> Generator[Account]:
+def kept_by(account: Account) -> Generator[None]:
     """``account`` is told of the parts inside."""
     token = _ACCOUNT.set(account)
     try:
-        yield account
+        yield
     finally:
         _ACCOUNT.reset(token)
 
@@ -105,6 +105,19 @@ def part(name: str, whole: bool = False) -> Generator[None]:
     else:
         with account.part(name, whole):
             yield
+
+
+def settle() -> None:
+    """Let whoever keeps account read the marks: the device has been waited for."""
+    account = _ACCOUNT.get()
+    if account is not None:
+        account.settle()
+
+
+def taken() -> tuple[dict[str, float], int]:
+    """What was kept account of since the last call: nothing where nobody does."""
+    account = _ACCOUNT.get()
+    return ({}, 0) if account is None else account.take()
 
 
 def computed(model: nn.Module, *, tokens: Iterable[tuple[int, int]], logits: int, trained: bool = False) -> None:

@@ -117,7 +117,7 @@ def _coefficients(project: Project) -> list[Found]:
     values: dict[str, list[Tensor]] = {name: [] for name in theory.COEFFICIENTS}
     pair, state = project.models.pair, State()
     with eval_mode(project.models.student):
-        for part in micro_batches(project.validation.examples, project.run.train.micro_batch_size):
+        for part in micro_batches(project.validation.examples, project.run.train.micro_batch_size, pair.device):
             scored = pair.score(part, state, with_teacher=True)
             assert scored.teacher is not None
             labels = scored.labels.cpu()[:, None]
@@ -143,7 +143,7 @@ def _gradient_norms(project: Project, name: str, alpha: float, batches: int) -> 
         rows = source(State(step=step)).rows
         count = term.count(rows)
         with eval_mode(student):
-            for part in micro_batches(rows, run.train.micro_batch_size):
+            for part in micro_batches(rows, run.train.micro_batch_size, project.models.pair.device):
                 scored = project.models.pair.score(part, State(), with_teacher=True)
                 (term.total(scored) / count).backward()
         squares = [p.grad.float().square().sum().cpu().double() for p in student.parameters() if p.grad is not None]

@@ -125,7 +125,8 @@ def warm(run: Run, display: Display) -> str:
     done, total = 0, sum(any(e.targets) for rows, _ in sets for e in rows.examples)
     with display.phase("the teacher reads", total) as advance:
         for rows, precision in sets:
-            for part in micro_batches([e for e in rows.examples if any(e.targets)], pair.cache.batch_size):
+            read = [e for e in rows.examples if any(e.targets)]
+            for part in micro_batches(read, pair.cache.batch_size, pair.device):
                 with precision():
                     pair.teacher_head(part)
                 done += len(part)

@@ -151,7 +151,7 @@ class _Choose:
         self.log_probs = torch.zeros(draws.shape, device=draws.device) if keep else None
         self.rows = torch.arange(len(draws), device=draws.device)
         self.only: Tensor | None = None
-        self.last: Tensor | None = None
+        self.last = torch.empty(0, 1, dtype=torch.long, device=draws.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = input_ids.shape[1] - self.begin
@@ -172,7 +172,7 @@ class _Choose:
             self.log_probs[self.rows, position] = drawn
         if self.only is None:
             self.only = torch.full_like(scores, -torch.inf)
-        elif self.last is not None:
+        else:
             self.only.scatter_(-1, self.last, -torch.inf)
         self.last = chosen[:, None]
         return self.only.scatter_(-1, self.last, 0.0)
@@ -188,7 +188,7 @@ class _Choose:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these of ``rows`` alone."""
-        self.rows, self.only, self.last = self.rows[rows], None, None
+        self.rows, self.only = self.rows[rows], None
 
 
 def generate(
@@ -226,8 +226,7 @@ def generate(
         rows = order[at : at + batch_size]
         contexts = [_context(prompts[i], origin) for i in rows]
         draws = np.stack([uniforms(seed, steps[i], prompts[i].id, sampling.max_new_tokens) for i in rows])
-        with part("generation"):
-            drawn = _respond(model, contexts, sampling, draws, layout, end_ids, num_tokens, mixture, keep_log_probs)
+        drawn = _respond(model, contexts, sampling, draws, layout, end_ids, num_tokens, mixture, keep_log_probs)
         lengths = [(len(c), len(r)) for c, r in zip(contexts, drawn.responses, strict=True)]
         for writer in (model, *([] if mixture is None else [mixture.model])):
             computed(writer, tokens=lengths, logits=sum(written for _, written in lengths))
@@ -259,6 +258,7 @@ class _Drawn(NamedTuple):
     log_probs: list[list[float] | None]
 
 
+@part("generation")
 @torch.no_grad()
 def _respond(
     model: PreTrainedModel,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .accounting import account_for, kept_by, part, peak_bytes, peak_rate
+from .accounting import account_for, kept_by, part, peak_bytes, peak_rate, settle, taken
 from .assembly import make_sampling
 from .assess import answers, assess
 from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of
@@ -43,9 +43,8 @@ def distill(run: Run, display: Display | None = None, command: str | None = None
     display = display or Display(quiet=True)
     folder = RunFolder(Path(run.output))
     checkpoint = folder.open(resume=run.resume == "auto", overwrite=run.overwrite)
-    with _interruptible(display) as stop, kept_by(account_for(run.device)) as account:
+    with _interruptible(display) as stop, kept_by(account_for(run.device)):
         project = build(run, display, stop, folder)
-        project.account = account
         try:
             if checkpoint is not None:
                 _resume(project, checkpoint, command)
@@ -79,18 +78,14 @@ def _describe(project: Project, command: str | None, resumed: bool = False) -> N
     models = {"student": project.models.student, "teacher": project.models.teacher}
     device = project.accelerator.device
     origin = provenance(models, device, command) | {"resolved": _resolved(project)}
-    origin["peak_flops"] = peak_rate(device, torch.bfloat16 if _computes_bf16(project) else torch.float32)
+    bf16 = project.run.train.mixed_precision == "bf16" or project.run.student.dtype == "bfloat16"
+    origin["peak_flops"] = peak_rate(device, torch.bfloat16 if bf16 else torch.float32)
     if resumed:  # what began the run stays; what it was gone on with is added
         before = read_yaml(str(project.folder.path)).get("provenance") or {}
         origin |= {key: before[key] for key in ("command", "started") if key in before}
         origin["resumed"] = [*before.get("resumed", []), command]
     text = as_yaml(project.run.model_copy(update={"provenance": origin}))
     write_text(project.folder.path / "run.yaml", text)
-
-
-def _computes_bf16(project: Project) -> bool:
-    run = project.run
-    return "bf16" in run.train.mixed_precision or run.student.dtype == "bfloat16"
 
 
 def _resolved(project: Project) -> dict[str, float]:
@@ -110,7 +105,7 @@ def _train(project: Project) -> None:
     with project.display.phase("train", total, began) as advance, _saved_if_stopped(project):
         for step in training(project):
             _log_step(project, step)
-            project.account.settle()
+            settle()
             advance(step.step, _words(step))
             due = step.step == total or step.step % project.every == 0
             if due:
@@ -163,7 +158,7 @@ def _log_step(project: Project, step: Step) -> None:
 
 def _log_time(project: Project) -> None:
     """Where the time went since the last such line, what was computed in it, and the most memory held so far."""
-    seconds, flops = project.account.take()
+    seconds, flops = taken()
     entry: dict[str, Any] = {"kind": "time", "step": project.state.step, "flops": flops}
     entry |= {"seconds": {name: round(took, 3) for name, took in seconds.items()}}
     project.folder.append(METRICS, entry | {"peak_bytes": peak_bytes(project.accelerator.device)})
@@ -196,6 +191,7 @@ def _validation(project: Project) -> None:
     project.display.note(f"validation after step {state.step}: {shown}")
 
 
+@part("validation", whole=True)
 def _samples(project: Project) -> None:
     rows = project.validation.examples[: project.run.validation.samples]
     if not rows:
@@ -209,9 +205,7 @@ def _samples(project: Project) -> None:
             else answers(project.run, models, models.teacher, rows)
         )
         project.teacher_texts = dict(zip((e.id for e in rows), texts, strict=True))
-    with part("validation", whole=True):
-        texts = answers(project.run, models, models.student, rows)
-    for example, text in zip(rows, texts, strict=True):
+    for example, text in zip(rows, answers(project.run, models, models.student, rows), strict=True):
         entry = {
             "step": project.state.step,
             "id": example.id,

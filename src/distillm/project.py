@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from . import assembly, schedules
-from .accounting import Account, part
+from .accounting import part
 from .adapters import merged
 from .assembly import Models
 from .assess import answers, measure
@@ -52,7 +52,6 @@ class Project:
     buffer: ReplayBuffer
     display: Display
     stop: threading.Event
-    account: Account = field(default_factory=lambda: Account(torch.device("cpu")))
     first: float | None = None
     best: tuple[float, int] | None = None
     checkpointed: int | None = None
@@ -161,17 +160,13 @@ def steps(project: Project) -> Iterator[Step]:
             validated(project)
 
 
+@part("validation", whole=True)
 def validated(project: Project) -> dict[str, float]:
     """The figures of the student on the validation rows; what the method monitors joins the history that it reads.
 
     Raises:
         TrainingError: the cross-entropy is not finite.
     """
-    with part("validation", whole=True):
-        return _validated(project)
-
-
-def _validated(project: Project) -> dict[str, float]:
     run, models, state = project.run, project.models, project.state
     examples = project.validation.examples
     figures = measure(run, models, examples)

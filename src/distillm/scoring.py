@@ -85,6 +85,7 @@ class Pair:
             log_probs=_log_probs(examples, self.device),
         )
 
+    @part("teacher")
     @torch.no_grad()
     def teacher_head(self, examples: Sequence[Example]) -> Head:
         """The teacher's head at the target tokens of ``examples``, of kept states where there are any."""
@@ -97,16 +98,15 @@ class Pair:
             _account(teacher, rows)
             return reader(teacher, batch), (batch.labels != IGNORE).sum(1).tolist()
 
-        with part("teacher"):
-            if self.cache is None or not reader.fused:
-                return _one_dtype(read(examples)[0]).narrow(self.num_tokens)
+        if self.cache is None or not reader.fused:
+            return _one_dtype(read(examples)[0]).narrow(self.num_tokens)
 
-            def states(rows: Sequence[Example]) -> Sequence[Tensor]:
-                head, counts = read(rows)
-                return head.hidden.split(counts)
+        def states(rows: Sequence[Example]) -> Sequence[Tensor]:
+            head, counts = read(rows)
+            return head.hidden.split(counts)
 
-            hidden = torch.cat([kept.to(self.device) for kept in self.cache.states(examples, states)])
-            return _one_dtype(reader.head(hidden)).narrow(self.num_tokens)
+        hidden = torch.cat([kept.to(self.device) for kept in self.cache.states(examples, states)])
+        return _one_dtype(reader.head(hidden)).narrow(self.num_tokens)
 
 
 def _account(model: nn.Module, rows: Sequence[Example]) -> None:

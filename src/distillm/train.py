@@ -66,7 +66,7 @@ def training_steps(
         active = [(term, weight, count) for term, weight, count in active if weight != 0 and count > 0]
         sums: dict[str, Tensor] = {}
         watched: dict[str, tuple[Tensor, int]] = {}
-        for micro in micro_batches(drawn.rows, micro_batch_size, pair.device.type):
+        for micro in micro_batches(drawn.rows, micro_batch_size, pair.device):
             here = [(term, weight / count) for term, weight, count in active if term.count(micro)]
             if not here:
                 continue
@@ -143,21 +143,21 @@ OVERHEAD = {"cpu": 32}
 most of it idle."""
 
 
-def micro_batches(rows: Sequence[Example], size: int, device: str = "cpu") -> list[list[Example]]:
+def micro_batches(rows: Sequence[Example], size: int, device: torch.device) -> list[list[Example]]:
     """``rows`` in parts of at most ``size``, with plain text apart, cut by length where that saves the most padding."""
     parts: list[list[Example]] = []
     for text in (False, True):
         group = sorted((r for r in rows if (r.origin == "text") == text), key=lambda r: len(r.tokens), reverse=True)
-        parts += _cut([len(row.tokens) for row in group], group, size, OVERHEAD.get(device, 2048))
+        parts += _cut(group, size, OVERHEAD.get(device.type, 2048))
     return parts
 
 
-def _cut(lengths: list[int], rows: list[Example], size: int, overhead: int) -> list[list[Example]]:
+def _cut(rows: list[Example], size: int, overhead: int) -> list[list[Example]]:
     """The cheapest parts of ``rows``, the longest first; one costs its first length for each row, and ``overhead``."""
     least, taken = [0], [0]
     for end in range(1, len(rows) + 1):
-        costs = [(least[at] + lengths[at] * (end - at) + overhead, at) for at in range(max(0, end - size), end)]
-        cost, at = min(costs)
+        firsts = range(max(0, end - size), end)
+        cost, at = min((least[at] + len(rows[at].tokens) * (end - at) + overhead, at) for at in firsts)
         least.append(cost)
         taken.append(at)
     parts: list[list[Example]] = []
@@ -179,8 +179,8 @@ def validate(
     sums = torch.zeros(2, dtype=torch.float64)
     count = 0
     with torch.no_grad(), eval_mode(pair.student):
-        for part in micro_batches(examples, batch_size, pair.device.type):
-            scored = pair.score(part, state, with_teacher=pair.teacher is not None)
+        for rows in micro_batches(examples, batch_size, pair.device):
+            scored = pair.score(rows, state, with_teacher=pair.teacher is not None)
             ones = torch.ones(len(scored.labels), device=scored.labels.device)
             sums[0] += linear_cross_entropy(scored.student, scored.labels, ones).cpu()
             if scored.teacher is not None:

@@ -36,7 +36,7 @@ def fidelity(
     count, sums = 0, dict.fromkeys(("cross_entropy", "divergence", "agreement"), 0.0)
     bins = torch.zeros(3, NUM_BINS, dtype=torch.float64)  # tokens, sum of probabilities, right ones
     with torch.no_grad(), eval_mode(pair.student):
-        for part in micro_batches([e for e in examples if any(e.targets)], batch_size):
+        for part in micro_batches([e for e in examples if any(e.targets)], batch_size, pair.device):
             scored = pair.score(part, State(), with_teacher=pair.teacher is not None)
             count += len(scored.labels)
             for rows in _blocks(scored.student):

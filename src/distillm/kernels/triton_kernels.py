@@ -285,13 +285,12 @@ def cross_entropy_kernel(
     label = tl.load(labels + row)
     known = (label >= 0) & (label < num_tokens)
     # Read before the sums: behind them a faster warp may have written its gradient over it.
-    chosen, _c, _slope = _logits(
+    chosen, c, _slope = _logits(
         student, tl.where(known, label, 0), num_tokens, student_width, student_step, scale, softcap
     )
     places = _columns(TILE)
     top = tl.full([TILE // 8], FLOOR, tl.float32)
     mass = tl.zeros([TILE // 8], tl.float32)
-    c = LOG2E if softcap is not None else scale * LOG2E
     for start in range(0, num_tokens, TILE):
         x, _, _ = _logits(student, start + places, num_tokens, student_width, student_step, scale, softcap)
         top, mass, _kept, _terms = _observe(x, c, top, mass)
