@@ -1,6 +1,6 @@
-"""What a whole run costs: ours by every method, TRL's GKDTrainer, and the paper's loop written plainly.
+"""What a whole run costs: ours by every method, TRL's trainers, and the paper's loop written plainly.
 
-    python benchmarks/run.py runs/smollm2/model.gguf --data ../shared/data/dolly/train.jsonl --output results.json
+    python benchmarks/run.py MODEL.gguf --data train.jsonl --validation valid.jsonl --output results.json
 
 All train a student of the same layers of the same teacher on the same rows, with the same number of steps, each in a
 process of its own. CPU seconds are those of the training steps: what is loaded, tokenised and validated before and
@@ -55,7 +55,7 @@ def project_of(options: argparse.Namespace, name: str, folder: str) -> Project:
     return build(make_run({
         "teacher": {"path": options.teacher, "cache": given.get("cache", "memory")},
         "student": {"layers": options.layers},
-        "data": {"train": options.data, "validation": options.data, "validation_size": options.validation_rows,
+        "data": {"train": options.data, "validation": options.validation, "validation_size": options.validation_rows,
                  "limit": options.rows, "template": "chat", "max_prompt": options.max_length - options.max_new_tokens,
                  "max_length": options.max_length},
         "method": given["method"],
@@ -77,29 +77,49 @@ def ours(project: Project, options: argparse.Namespace) -> int:
 
 
 def trl_gkd(project: Project, options: argparse.Namespace) -> int:
-    from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+    asked, told = spoken(options)
+    messages = [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in zip(asked, told, strict=True)]
+    config = GKDConfig(
+        **trainers(project, options), lmbda=1.0, max_new_tokens=options.max_new_tokens, max_length=options.max_length
+    )
+    return trained(GKDTrainer, config, {"messages": messages}, project)
+
+
+def trl_distillation(project: Project, options: argparse.Namespace) -> int:
+    from trl import DistillationConfig, DistillationTrainer
+
+    config = DistillationConfig(**trainers(project, options), max_completion_length=options.max_new_tokens)
+    return trained(DistillationTrainer, config, {"prompt": spoken(options)[0]}, project)
+
+
+def spoken(options: argparse.Namespace) -> tuple[list[list[dict[str, str]]], list[str]]:
+    """What the user says in each row, as TRL's trainers read it, and the answers."""
     lines = Path(options.data).read_text(encoding="utf-8").splitlines()[: options.rows]
     rows = [json.loads(line) for line in lines]
-    messages = [
-        [
-            {"role": "user", "content": "\n".join(filter(None, (row["instruction"], row.get("input", ""))))},
-            {"role": "assistant", "content": row["output"]},
-        ]
-        for row in rows
-    ]
-    config = GKDConfig(
-        output_dir=str(project.folder.path / "trl"), max_steps=project.state.total_steps, lmbda=1.0, beta=0.5,
-        temperature=1.0, max_new_tokens=options.max_new_tokens, max_length=options.max_length,
-        per_device_train_batch_size=options.batch_size, learning_rate=options.lr, lr_scheduler_type="cosine",
-        warmup_steps=max(project.state.total_steps // 20, 1), gradient_checkpointing=False, use_cpu=True, bf16=False,
-        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+    asked = ["\n".join(filter(None, (row["instruction"], row.get("input", "")))) for row in rows]
+    return [[{"role": "user", "content": text}] for text in asked], [row["output"] for row in rows]
+
+
+def trainers(project: Project, options: argparse.Namespace) -> dict[str, Any]:
+    """What both of TRL's trainers are told: the same models, rows, batch, steps and divergence as ours."""
+    steps = project.state.total_steps
+    return {
+        "output_dir": str(project.folder.path / "trl"), "max_steps": steps, "beta": 0.5, "temperature": 1.0,
+        "per_device_train_batch_size": options.batch_size, "learning_rate": options.lr, "lr_scheduler_type": "cosine",
+        "warmup_steps": max(steps // 20, 1), "gradient_checkpointing": False, "use_cpu": True, "bf16": False,
+        "report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
+    }  # fmt: skip
+
+
+def trained(trainer_class: Any, config: Any, columns: dict[str, Any], project: Project) -> int:
+    from datasets import Dataset
+
     models = project.models
-    trainer = GKDTrainer(
+    trainer = trainer_class(
         model=models.student, teacher_model=models.teacher, args=config, processing_class=models.tokenizer,
-        train_dataset=Dataset.from_dict({"messages": messages}),
+        train_dataset=Dataset.from_dict(columns),
     )  # fmt: skip
     trainer.train()
     return trainer.state.global_step
@@ -167,6 +187,7 @@ def papers_loop(project: Project, options: argparse.Namespace) -> int:
 
 OTHERS: dict[str, Callable[[Project, argparse.Namespace], int]] = {
     "TRL GKDTrainer, on-policy": trl_gkd,
+    "TRL DistillationTrainer": trl_distillation,
     "the paper's loop": papers_loop,
 }
 
@@ -215,6 +236,7 @@ def parse() -> argparse.Namespace:
     asked = parser(__doc__)
     asked.add_argument("teacher", help="a model folder or GGUF file")
     asked.add_argument("--data", required=True, help="JSON Lines of instruction, input and output")
+    asked.add_argument("--validation", required=True, help="rows of the same kind that nobody trains on")
     asked.add_argument("--layers", type=int, default=8, help="of the teacher that the student has")
     asked.add_argument("--rows", type=int, default=512)
     asked.add_argument("--validation-rows", type=int, default=32)
