@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # docs/architecture.md has the same table; a folder stands for all its files.
 LEVELS = {
     0: ["types.py", "errors.py"],
-    1: ["divergences.py", "schedules.py", "explain.py", "tasks/", "known/", "writing.py", "accounting.py"],
+    1: ["divergences.py", "schedules.py", "explain.py", "tasks/", "known/", "writing.py", "accounting.py", "client.py"],
     2: [
         "kernels/",
         "data/",
@@ -33,7 +33,7 @@ LEVELS = {
         "adapters.py",
         "teacher_cache.py",
     ],
-    3: ["scoring.py", "sources.py", "teacher.py"],
+    3: ["scoring.py", "sources.py", "teacher.py", "completions.py"],
     4: ["losses.py", "policy_gradient.py", "contrastive.py", "theory.py"],
     5: ["methods.py"],
     6: ["train.py", "checkpoint.py", "folder.py", "evaluation/", "report/", "display.py", "judge/"],

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from distillm.client import retry_after
 from distillm.errors import ConfigError, DataError
 from distillm.judge.asking import Judgment, Question
 from distillm.judge.cache import Cache, Reply, key_of
-from distillm.judge.client import endpoint, retry_after
+from distillm.judge.chat import chat_completions
 from distillm.judge.prompts import load_template, mark_for, read_score, read_verdict, reminder
 from distillm.judge.scoring import (
     Answers,
@@ -401,10 +402,10 @@ def test_lines_that_are_no_replies_are_passed_over(tmp_path: Path, line: str):
 
 def test_an_address_may_end_in_v1_or_in_the_whole_path():
     for url in ("http://h:8/v1", "http://h:8/v1/", "http://h:8/v1/chat/completions"):
-        assert endpoint(url) == "http://h:8/v1/chat/completions"
+        assert chat_completions(url).url == "http://h:8/v1/chat/completions"
     for url in ("h:8/v1", "ftp://h/v1", "http://", "http://h/v1?key=secret", "http://me:secret@h/v1", "http://h /v1"):
         with pytest.raises(ConfigError, match="--server") as error:
-            endpoint(url)
+            chat_completions(url)
         assert "secret" not in str(error.value)
 
 

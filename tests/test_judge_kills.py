@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from judge_server import KEY, Answer, serving
+from answering_server import KEY, Answer, serving
 from test_judge_server import write_eval
 
 pytest.importorskip("httpx", reason="needs the package httpx, of the extras judge and dev")
@@ -29,7 +29,7 @@ PATIENT = ("--attempts", "20", "--backoff", "0.1")
 @contextmanager
 def server(log: Path, port: int = 0, delay: float = 0.03) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A server process that logs the questions it has answered; killed at the end, if not before."""
-    command = [sys.executable, str(HERE / "judge_server.py"), str(port), str(log), str(delay)]
+    command = [sys.executable, str(HERE / "answering_server.py"), str(port), str(log), str(delay)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from answering_server import KEY, Answer, Script, fixed, fixed_grade, serving
 from command_line import distillm, done, refused
-from judge_server import KEY, Answer, Script, fixed, fixed_grade, serving
 
 pytest.importorskip("httpx", reason="needs the package httpx, of the extras judge and dev")
 

@@ -322,10 +322,17 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _teacher_is_there(self) -> "Run":
+        served = self.data.responses_server is not None
+        if served and not self.teacher_writes:
+            raise ValueError(
+                f"data.responses_server writes the teacher's responses, which method {self.method.name} does not use; "
+                "set data.responses=teacher, or leave it out"
+            )
+        plain = self.method.name == "sft" or (self.method.name == "seqkd" and served)
         reasons = {
-            f"method {self.method.name}": self.method.name != "sft",
+            f"method {self.method.name}": not plain,
             "student.layers": self.student.layers is not None,
-            "data.responses=teacher": self.data.responses == "teacher",
+            "data.responses=teacher": self.data.responses == "teacher" and not served,
             "validation.select=divergence": self.validation.select == "divergence",
         }
         needs = [name for name, holds in reasons.items() if holds]

@@ -2,12 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
 from .known import Known, known
-from .method_settings import NonNegativeFloat, Number, PositiveInt, Section
+from .method_settings import NonNegativeFloat, Number, PositiveFloat, PositiveInt, Section
 from .tasks import TaskSpec, is_jinja, load_task, near
 
 
@@ -27,6 +27,27 @@ class Source(Section):
     def __str__(self) -> str:
         parts = {"configuration": self.name, "split": self.split}
         return ", ".join([self.path, *(f"{what} {part}" for what, part in parts.items() if part is not None)])
+
+
+class ResponsesServer(Section):
+    """A server that speaks OpenAI's completions and runs the teacher, or a model with its tokenizer."""
+
+    url: str
+    """Its address, which usually ends in /v1."""
+    model: str
+    """The model's name there."""
+    prompt: Literal["tokens", "text"] = "tokens"
+    """How prompts travel: as tokens, which is exact, or as text that the server tokenises (`transformers serve`)."""
+    key_env: str = "OPENAI_API_KEY"
+    """The environment variable that has the key, if the server wants one."""
+    jobs: PositiveInt = 16
+    """Prompts asked at a time."""
+    timeout: PositiveFloat = 600.0
+    """Seconds after which a request is made again."""
+    attempts: PositiveInt = 6
+    """Requests made for one answer at most."""
+    body: dict[str, Any] = {}
+    """Further fields of a request; null leaves one out."""
 
 
 class Data(Section):
@@ -75,6 +96,9 @@ class Data(Section):
     """Where the teacher's responses are kept; responses.jsonl in the run folder unless set. Reused if it is there."""
     responses_temperature: NonNegativeFloat = 0.0
     """How the teacher writes them; 0 is greedy."""
+    responses_server: ResponsesServer | None = None
+    """Have them written by a server: {url: http://127.0.0.1:8000/v1, model: NAME}. Fine-tuning on them then needs no
+    `teacher`."""
     text: str | Source | None = None
     """A plain-text corpus for the language-model loss: .txt, or anything `train` may be, with a field `text`."""
     text_length: Annotated[int, Field(ge=2), Number] = 512

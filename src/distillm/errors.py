@@ -37,8 +37,8 @@ class StorageError(DistillmError):
     exit_code = 4
 
 
-class JudgeError(DistillmError):
-    """The judging is incomplete: the server stopped answering, or too many of its answers could not be read."""
+class ServerError(DistillmError):
+    """The work is incomplete: a server stopped answering, or too many of its answers could not be read."""
 
     exit_code = 5
 

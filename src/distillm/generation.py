@@ -17,7 +17,7 @@ from .accounting import computed, part
 from .data.collate import lay_out_prompts
 from .errors import TrainingError, first_of
 from .heads import eval_mode
-from .types import Example, Layout, Origin, answer, last_turn
+from .types import Example, Layout, Origin, answer, asked_of
 
 BLOCK = 256
 """Tokens whose probabilities are added up at once; a vocabulary has some hundreds of such blocks."""
@@ -219,12 +219,12 @@ def generate(
     Raises:
         TrainingError: the model's logits are not finite.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(_context(prompts[i], origin)), reverse=True)
+    order = sorted(range(len(prompts)), key=lambda i: len(asked_of(prompts[i], origin)), reverse=True)
     answers: dict[int, Example] = {}
     steps = [step] * len(prompts) if steps is None else steps
     for at in range(0, len(order), batch_size):
         rows = order[at : at + batch_size]
-        contexts = [_context(prompts[i], origin) for i in rows]
+        contexts = [asked_of(prompts[i], origin) for i in rows]
         draws = np.stack([uniforms(seed, steps[i], prompts[i].id, sampling.max_new_tokens) for i in rows])
         drawn = _respond(model, contexts, sampling, draws, layout, end_ids, num_tokens, mixture, keep_log_probs)
         lengths = [(len(c), len(r)) for c, r in zip(contexts, drawn.responses, strict=True)]
@@ -242,12 +242,6 @@ def generate(
 def truncated(example: Example, end_ids: Sequence[int]) -> bool:
     """Whether a response was cut by length, that is, ends without an end token."""
     return not example.tokens or example.tokens[-1] not in end_ids
-
-
-def _context(prompt: Example, origin: Origin) -> list[int]:
-    prompt = last_turn(prompt)
-    privileged = origin == "teacher" and prompt.teacher_context is not None
-    return prompt.teacher_context or [] if privileged else prompt.prompt
 
 
 class _Drawn(NamedTuple):
@@ -283,7 +277,7 @@ def _respond(
         choose = _Choose(sampling, numbers, num_tokens, end_ids, begin, never, keep_log_probs)
         mixed = [] if mixture is None else [_Mix(mixture, given, num_tokens)]
         responses = _written(model, given, choose, mixed, layout)
-    responses = [_until_end(row, end_ids) for row in responses]
+    responses = [until_end(row, end_ids) for row in responses]
     # What comes after a row's end is not looked at.
     bad = [at < len(row) for at, row in zip(choose.bad.tolist(), responses, strict=True)]
     kept: list[list[float] | None] = [None] * len(responses)
@@ -383,7 +377,8 @@ def _own_settings(model: PreTrainedModel) -> Generator[None]:
         model.generation_config = kept
 
 
-def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+def until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    """``ids`` up to the first end token, which stays."""
     for i, token in enumerate(ids):
         if token in end_ids:
             return ids[: i + 1]

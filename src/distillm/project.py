@@ -18,6 +18,8 @@ from .assembly import Models
 from .assess import answers, measure
 from .caching import make_cache
 from .checkpoint import written_aside
+from .client import Server, bearer_key, endpoint, require_httpx
+from .completions import PATH, SETTING, Completions
 from .config import Run, as_yaml
 from .display import Display
 from .errors import ConfigError, Interrupted, TrainingError
@@ -27,7 +29,7 @@ from .generation import generate, truncated
 from .method_settings import Distillation
 from .methods import Method
 from .models import save_model
-from .rows import Rows, answered, load_rows, read_data
+from .rows import Rows, answered, end_of_response, load_rows, read_data
 from .sources import ReplayBuffer, steps_per_epoch
 from .teacher import Responses
 from .train import Step, training_steps
@@ -73,6 +75,7 @@ def build(
         stop or threading.Event(),
         folder or RunFolder(Path(run.output)),
     )
+    server = _server(run, display.note)
     accelerator = assembly.make_accelerator(run)
     with part("data"):
         read = read_data(run)
@@ -84,7 +87,8 @@ def build(
     folder.clear()
     if run.tracker != "none":
         accelerator.init_trackers("distillm", config={"run": as_yaml(run)})
-    responses = _responses(run, models, folder, display, stop)
+    completions = None if server is None else _completions(run, models, server)
+    responses = _responses(run, models, completions, folder, display, stop)
     # SeqKD trains on the teacher's responses, and is measured like every other method on the data's own.
     absent = "missing" if run.teacher_writes else "none"
     train = answered(rows.train, models, responses, by_teacher="all" if run.teacher_writes else "none")
@@ -217,13 +221,24 @@ def save_student(run: Run, models: Models, target: Path) -> None:
         save_model(student, models.tokenizer, scratch)
 
 
-def _responses(run: Run, models: Models, folder: RunFolder, display: Display, stop: threading.Event) -> Responses:
+def _responses(
+    run: Run,
+    models: Models,
+    server: Completions | None,
+    folder: RunFolder,
+    display: Display,
+    stop: threading.Event,
+) -> Responses:
     sampling = assembly.make_sampling(run, run.data.responses_temperature)
     path = Path(run.data.responses_file) if run.data.responses_file else folder.path / "responses.jsonl"
+    served = run.data.responses_server
 
     def write(prompts: Any) -> list[Example]:
-        assert models.teacher is not None
         with display.phase("teacher's responses", len(prompts)) as advance:
+            progress = unless_stopped(stop, advance)
+            if server is not None:
+                return server(prompts, sampling, seed=run.seed, progress=progress)
+            assert models.teacher is not None
             return generate(
                 models.teacher,
                 prompts,
@@ -234,7 +249,7 @@ def _responses(run: Run, models: Models, folder: RunFolder, display: Display, st
                 seed=run.seed,
                 origin="teacher",
                 batch_size=run.generation.batch_size,
-                progress=unless_stopped(stop, advance),
+                progress=progress,
             )
 
     def text(tokens: list[int]) -> str:
@@ -243,14 +258,39 @@ def _responses(run: Run, models: Models, folder: RunFolder, display: Display, st
     teacher = run.teacher.path if run.teacher is not None else ""
     return Responses(
         path,
-        str(teacher),
-        models.teacher_weights,
+        str(teacher) if served is None else served.url,
+        models.teacher_weights if served is None else f"{served.model}, asked by {served.prompt}",
         sampling,
         write,
         text,
-        portion=8 * run.generation.batch_size,
+        portion=8 * (run.generation.batch_size if served is None else served.jobs),
         seed=run.seed,
     )
+
+
+def _server(run: Run, note: Callable[[str], None]) -> Server | None:
+    """The server that writes the teacher's responses, if there is one; what is wrong with it is said before any work.
+
+    Raises:
+        ConfigError: its address or the key is malformed, or httpx is not installed.
+    """
+    given = run.data.responses_server
+    if given is None:
+        return None
+    require_httpx("data.responses_server", "server")
+    endpoint(given.url, PATH, f"{SETTING}.url")
+    server = Server(given.url, bearer_key(given.key_env), given.jobs, given.timeout, given.attempts)
+    if server.exposed:
+        note(f"the key goes to {given.url} without encryption")
+    return server
+
+
+def _completions(run: Run, models: Models, server: Server) -> Completions:
+    given = run.data.responses_server
+    assert given is not None
+    ends, last = models.end_ids, end_of_response(run.data, models)
+    num_tokens = models.pair.num_tokens
+    return Completions(server, given.model, models.tokenizer, ends, last, num_tokens, given.prompt, given.body)
 
 
 def unless_stopped(stop: threading.Event, advance: Callable[..., None]) -> Callable[[int], None]:

@@ -77,6 +77,13 @@ def last_turn(example: Example) -> Example:
     return replace(example, targets=[False] * start + targets[start:], teacher_context=context)
 
 
+def asked_of(prompt: Example, origin: Origin) -> list[int]:
+    """The tokens that ``origin`` reads before it writes the last turn of ``prompt``."""
+    prompt = last_turn(prompt)
+    privileged = origin == "teacher" and prompt.teacher_context is not None
+    return prompt.teacher_context or [] if privileged else prompt.prompt
+
+
 def answer(
     prompt: Example, response: list[int], origin: Origin, born: int = 0, log_probs: list[float] | None = None
 ) -> Example:

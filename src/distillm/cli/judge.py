@@ -1,8 +1,6 @@
 """``distillm judge``: the options, what is written, and the table. The work is in ``judge/``."""
 
 import json
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import ConfigError, JudgeError, first_of
+from ..errors import ConfigError, ServerError, first_of
 
 FIXED = ("model", "messages", "stream", "n")
 """Fields of a request that ``--body`` must leave alone."""
@@ -73,19 +71,20 @@ def judge(
     The score is 100 * sum(grades of the answers) / sum(grades of the references). Pairs are asked in both orders.
     What was answered is kept: after an interruption the same command goes on, and nothing is paid for twice.
     """
-    from ..judge.client import Server, endpoint, require_httpx
+    from ..client import Server, bearer_key, require_httpx
+    from ..judge.chat import chat_completions
     from ..judge.prompts import load_template
     from ..judge.scoring import Judge
 
-    require_httpx()
-    endpoint(server)
+    require_httpx("distillm judge", "judge")
+    chat_completions(server)
     kind = "single" if against is None else "pair"
     asked = _Asked(
         source,
         against,
         seed_index,
         limit,
-        Server(server, _key(key_env), jobs, timeout, attempts, backoff),
+        Server(server, bearer_key(key_env), jobs, timeout, attempts, backoff),
         Judge(model, load_template(kind, prompt), temperature, max_tokens, _extra(body), tries),
         (price_in, price_out),
     )
@@ -96,7 +95,7 @@ def judge(
     _show(found, target)
     total = found["failed"]["total"]
     if left_out > total * max_failed / 100:
-        raise JudgeError(
+        raise ServerError(
             f"{left_out} of {total} {'answers' if kind == 'single' else 'pairs'} could not be judged, more than "
             f"--max-failed {max_failed:g} percent: {first_of(_failed_names(found['failed']['rows']), 8)}\n"
             f"the reasons are in {target}; the same command asks again those that had no answer"
@@ -135,7 +134,7 @@ def _run(asked: _Asked, target: Path, cached: Path) -> tuple[dict[str, Any], int
     from ..display import Display
     from ..judge.asking import ask
     from ..judge.cache import Cache
-    from ..judge.client import Usage
+    from ..judge.chat import Usage
     from ..judge.scoring import read_answers, score_pairs, score_single, seeds_chosen
     from ..writing import make_folder_of, write_text
 
@@ -144,7 +143,7 @@ def _run(asked: _Asked, target: Path, cached: Path) -> tuple[dict[str, Any], int
     places = seeds_chosen(answers, against, asked.seed_index)
     make_folder_of(target)
     display, usage = Display(), Usage()
-    if asked.server.key is not None and re.match(r"http://(?!localhost|127\.|\[::1\])", asked.server.url):
+    if asked.server.exposed:
         display.note(f"the key goes to {asked.server.url} without encryption")
     with Cache(cached, display.note) as cache:
 
@@ -182,13 +181,6 @@ def _cost(usage: Any, prices: tuple[float | None, float | None]) -> dict[str, fl
     cost = (into * usage.prompt_tokens + out * usage.completion_tokens) / 1e6
     saved = (into * usage.cached_prompt_tokens + out * usage.cached_completion_tokens) / 1e6
     return {"cost": cost, "cached_cost": saved}
-
-
-def _key(name: str) -> str | None:
-    key = os.environ.get(name, "").strip()
-    if not re.fullmatch(r"[!-~]*", key):
-        raise ConfigError(f"the key in the environment variable {name} has spaces or characters that no key has")
-    return key or None
 
 
 def _extra(body: str | None) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Generic, TypeVar, cast
 
+from ..client import Client, NoAnswer, Server, Stopped
 from ..display import Display
-from ..errors import Interrupted, JudgeError
+from ..errors import Interrupted, ServerError
 from .cache import Cache, Reply, key_of
-from .client import Client, NoAnswer, Server, Stopped, Usage
+from .chat import Usage, chat_completions
 
 T = TypeVar("T")
 FEWEST = 3
@@ -49,7 +50,7 @@ def ask(
 
     Raises:
         ConfigError: the server refuses: the key, the address, the model or the request is wrong.
-        JudgeError: the server no longer answers; the same call goes on from the cache.
+        ServerError: the server no longer answers; the same call goes on from the cache.
         Interrupted: the user stopped it.
     """
     found = [_known(question, cache, usage) for question in questions]
@@ -148,7 +149,7 @@ class _Asking(Generic[T]):
         """Fill ``found`` with the judgments of ``questions``."""
         self._task = asyncio.current_task()
         left = iter(enumerate(questions))
-        async with Client(self.server, self.usage, self.stop) as client:
+        async with Client(self.server, chat_completions(self.server.url), self.stop) as client:
             workers = [asyncio.create_task(self._work(client, left, found)) for _ in range(self.server.jobs)]
             try:
                 await asyncio.gather(*workers)
@@ -156,9 +157,10 @@ class _Asking(Generic[T]):
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
+                self.usage.retries += client.retries
 
     async def _work(
-        self, client: Client, left: Iterator[tuple[int, Question[T]]], found: list[Judgment[T] | None]
+        self, client: Client[Reply], left: Iterator[tuple[int, Question[T]]], found: list[Judgment[T] | None]
     ) -> None:
         for i, question in left:
             if self.stop.is_set():
@@ -172,7 +174,7 @@ class _Asking(Generic[T]):
                 judgment = Judgment[T](None, [], f"no answer: {error}")
                 self._in_a_row += 1
                 if self._in_a_row >= max(FEWEST, self.server.jobs):
-                    raise JudgeError(
+                    raise ServerError(
                         f"{question.name}: the server gave no answer to {self._in_a_row} questions in a row, each "
                         f"tried {self.server.attempts} times; the last time: {error}\n"
                         f"{len(self.cache)} replies are kept in {self.cache.path}: the same command goes on from there"
@@ -182,7 +184,7 @@ class _Asking(Generic[T]):
             self._failed += judgment.value is None
             self.advance(self._done, f"{self._failed} failed" if self._failed else "")
 
-    async def _judge(self, client: Client, question: Question[T]) -> Judgment[T]:
+    async def _judge(self, client: Client[Reply], question: Question[T]) -> Judgment[T]:
         replies: list[Reply] = []
         for body in question.bodies:
             key = key_of(body)

@@ -1,4 +1,5 @@
-"""A chat-completions server for tests: in a thread, answering as a test says, or as a process that can be killed."""
+"""A server for tests, of chat completions and of completions: in a thread, answering as a test says, or as a process
+that can be killed."""
 
 import hashlib
 import json
@@ -19,9 +20,10 @@ KEY = "sk-secret-0123456789abcdef"
 
 @dataclass(frozen=True)
 class Answer:
-    """What goes over the line; ``body`` as it is, or a chat completion that says ``text``."""
+    """What goes over the line; ``body`` as it is, or a completion that says ``text`` and, if asked, ``tokens``."""
 
     text: str = ""
+    tokens: list[int] | None = None
     status: int = 200
     body: bytes | None = None
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -32,7 +34,7 @@ class Answer:
 
 
 Script = Callable[[str, int], Answer]
-"""From the question's text and how many requests came before (all questions taken together) to the answer."""
+"""From the question (a prompt as JSON) and how many requests came before, all taken together, to the answer."""
 
 
 def fixed_grade(text: str) -> int:
@@ -89,9 +91,13 @@ class _Handler(BaseHTTPRequestHandler):
             server.headers.append(dict(self.headers.items()))
             server.paths.append(self.path)
             server.times.append(time.monotonic())
-        answer = server.script(body["messages"][0]["content"], before)
+        chat = "messages" in body
+        answer = server.script(body["messages"][0]["content"] if chat else json.dumps(body["prompt"]), before)
         time.sleep(answer.before)
-        choice = {"message": {"role": "assistant", "content": answer.text}, "finish_reason": answer.finish}
+        said = {"message": {"role": "assistant", "content": answer.text}} if chat else {"text": answer.text}
+        choice = said | {"finish_reason": answer.finish}
+        if body.get("return_token_ids") and answer.tokens is not None:
+            choice["token_ids"] = answer.tokens
         usage = {} if answer.usage is None else {"usage": dict(answer.usage)}
         sent = json.dumps({"choices": [choice], **usage}).encode() if answer.body is None else answer.body
         self.send_response(answer.status)
@@ -123,7 +129,7 @@ def serving(script: Script = fixed) -> Iterator[Judge]:
         server.server_close()
 
 
-if __name__ == "__main__":  # judge_server.py PORT LOG SECONDS-PER-ANSWER
+if __name__ == "__main__":  # answering_server.py PORT LOG SECONDS-PER-ANSWER
     delay = float(sys.argv[3])
 
     def slowly(text: str, _: int) -> Answer:
