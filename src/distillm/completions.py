@@ -60,7 +60,9 @@ class Completions:
         """
         bodies = [self._body(asked_of(prompt, "teacher"), sampling, _seed(seed, prompt.id)) for prompt in prompts]
         said = asyncio.run(self._ask([prompt.id for prompt in prompts], bodies, progress))
-        return [answer(prompt, self._tokens(each), "teacher") for prompt, each in zip(prompts, said, strict=True)]
+        # Text that is tokenised anew may have more tokens than the model wrote.
+        responses = [self._tokens(each)[: sampling.max_new_tokens] for each in said]
+        return [answer(prompt, response, "teacher") for prompt, response in zip(prompts, responses, strict=True)]
 
     def _body(self, prompt: list[int], sampling: Sampling, seed: int) -> dict[str, Any]:
         """A request. Only what differs from a server's own defaults is in it: some refuse fields they do not know."""
@@ -91,7 +93,8 @@ class Completions:
         address = endpoint(self.server.url, PATH, f"{SETTING}.url")
         asked = Endpoint(address, "completion", _read, lambda status: _advice(status, address))
         async with Client(self.server, asked, asyncio.Event()) as client:
-            workers = {asyncio.create_task(_work(client, left, names, bodies, said)) for _ in range(self.server.jobs)}
+            every = [asyncio.create_task(_work(client, left, names, bodies, said)) for _ in range(self.server.jobs)]
+            workers = set(every)
             try:
                 while workers:
                     ended, workers = await asyncio.wait(workers, timeout=POLL, return_when=asyncio.FIRST_EXCEPTION)
@@ -102,7 +105,7 @@ class Completions:
             finally:
                 for worker in workers:
                     worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
+                await asyncio.gather(*every, return_exceptions=True)
         return cast("list[_Said]", said)
 
     def _tokens(self, said: "_Said") -> list[int]:
