@@ -1,4 +1,4 @@
-"""Tokens a second: responses in bulk beside transformers' ``generate`` in small batches, the same model and sampling.
+"""Tokens a second: responses in bulk beside transformers' ``generate`` and its continuous batching, the same sampling.
 
     python benchmarks/generation.py                         # GPT-2's vocabulary, 4 layers of 256, 64 + 64 tokens
     python benchmarks/generation.py --device cuda --rows 1024
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.models.gpt2 import GPT2Config
 from transformers.utils import logging
 
@@ -59,11 +60,23 @@ def transformers_generate(model: Any, given: list[Example], ends: list[int], bat
     return total
 
 
+def continuous_batching(model: Any, given: list[Example], ends: list[int], batch_size: int) -> int:
+    """Transformers' own engine, whose rows come and go; its cache takes no more pages than the rows can fill."""
+    paged = ContinuousBatchingConfig(
+        num_blocks=2 * batch_size, page_size=LENGTH, max_batch_tokens=2048, max_requests_per_batch=batch_size
+    )
+    how = GenerationConfig(do_sample=True, max_new_tokens=LENGTH, pad_token_id=0, eos_token_id=ends or -1)
+    out = model.generate_batch([example.tokens for example in given], how, paged)
+    return sum(len(written.generated_tokens) for written in out.values())
+
+
 def contenders(model: PreTrainedModel, given: list[Example], ends: list[int], sizes: list[int]) -> dict[str, Contender]:
     found: dict[str, Contender] = {}
     for kind, function in (("transformers generate", transformers_generate), ("ours", ours)):
         found |= {f"{kind}, batches of {size}": partial(function, model, given, ends, size) for size in sizes}
-    return found
+    most = max(sizes)
+    name = f"transformers continuous batching, {most} at a time"
+    return found | {name: partial(continuous_batching, model, given, ends, most)}
 
 
 def compare(found: dict[str, Contender], options: argparse.Namespace, console: Console) -> dict[str, list[float]]:
