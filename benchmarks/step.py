@@ -31,6 +31,7 @@ from measure import begin, parser, seconds, write
 
 CONTENDERS: dict[str, tuple[list[str], str]] = {
     "sft": (["method.name=sft"], "auto"),
+    "sft, packed": (["method.name=sft", "train.packing=true"], "auto"),
     "sft, compiled": (["method.name=sft", "train.compile=true"], "auto"),
     "distillm, states kept": (["method.name=distillm", "teacher.cache=memory"], "auto"),
     "distillm, no cache": (["method.name=distillm", "teacher.cache=off"], "auto"),

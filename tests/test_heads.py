@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM
 
 from distillm.errors import ModelError
-from distillm.heads import head_of
+from distillm.heads import head_of, packing
 from distillm.models import load_model
 from distillm.types import IGNORE, Batch, Head
 from tiny import tiny_causal, tiny_seq2seq
@@ -187,3 +187,42 @@ def test_reader_refuses_another_model() -> None:
 def test_check_passes_in_every_precision(kind: str, dtype: torch.dtype) -> None:
     model = tiny(kind).to(dtype)
     assert head_of(model).fused
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", [kind for kind in CAUSAL if kind != "opt"])
+def test_packed_rows_are_read_as_apart(kind: str, attention: str) -> None:
+    if (kind, attention) == ("gemma2", "sdpa"):
+        pytest.skip("transformers has no such attention for it")
+    model = tiny(kind, attn_implementation=attention).double()
+    batch, apart = batch_for(model), head_of(model)
+    packed = packing(apart)
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for reader in (apart, packed):
+        widths: list[Any] = []
+        hook = model.get_input_embeddings().register_forward_hook(lambda _, args, __, w=widths: w.append(args[0].shape))
+        hidden = reader(model, batch).hidden
+        hook.remove()
+        assert widths == [(1, 9 + 6 + 4) if reader.packed else (3, 9)]
+        hidden.square().sum().backward()
+        found.append((hidden, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad()
+    # Norms, rotary angles and eager attention's weights are float32 inside, whatever the model's type.
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6 if attention == "sdpa" else 1e-4)
+    assert found[0][0].abs().max() > 0.1
+
+
+def test_what_packed_rows_are_compared_with_can_fail() -> None:
+    model = tiny("llama")
+    reader, inner = head_of(model), model.model.forward
+    model.model.forward = lambda position_ids=None, **given: inner(**given)  # positions that nobody reads
+    with pytest.raises(ModelError, match="lets packed rows read each other"):
+        packing(reader)
+
+
+@pytest.mark.parametrize("kind", [*SEQ2SEQ, "opt", "bloom"])
+def test_models_that_cannot_keep_packed_rows_apart_are_refused(kind: str) -> None:
+    bloom = BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)
+    model = BloomForCausalLM(bloom) if kind == "bloom" else tiny(kind)
+    with pytest.raises(ModelError, match="leave packing out"):
+        packing(head_of(model))

@@ -18,7 +18,7 @@ from distillm import pipeline
 from distillm.checkpoint import list_checkpoints, step_of
 from distillm.cli import app
 from distillm.config import load_run
-from distillm.errors import ConfigError, DataError, Interrupted, TrainingError
+from distillm.errors import ConfigError, DataError, Interrupted, ModelError, TrainingError
 from distillm.methods import METHODS, REPLAY_RATIO
 from distillm.models import load_model
 from distillm.pipeline import distill
@@ -415,3 +415,27 @@ def test_gpt2_takes_an_adapter_too(tmp_path: Path) -> None:
     save(tiny_causal("gpt2", layers=1, seed=2), tokenizer, made / "student")
     folder = distill(tiny_run(made, tmp_path / "run", LORA | {"student.dropout": None}))
     AutoModelForCausalLM.from_pretrained(folder / "student")
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "distillm"])
+def test_a_packed_run_has_the_figures_of_a_padded_one(made: Path, tmp_path: Path, method: str) -> None:
+    changes = {"method": {"name": method}, "student.dropout": 0.0}
+    folders = [distill(tiny_run(made, tmp_path / str(on), changes | {"train.packing": on})) for on in (False, True)]
+    for kind, names in {"step": ("loss", "grad_norm", "tokens"), "validation": ("cross_entropy", "divergence")}.items():
+        padded, packed = (
+            [entry[name] for entry in lines(folder / "metrics.jsonl", kind) for name in names] for folder in folders
+        )
+        assert len(padded) > len(names)
+        assert packed == pytest.approx(padded, rel=1e-3)
+
+
+def test_a_teacher_that_cannot_pack_is_read_padded_and_a_student_that_cannot_is_refused(
+    made: Path, tmp_path: Path
+) -> None:
+    unable = save(tiny_causal("opt", seed=1), tiny_tokenizer(), tmp_path / "opt")
+    changes = {"method": {"name": "kd"}, "train.packing": True}
+    display = Heard()
+    distill(tiny_run(made, tmp_path / "teacher", changes | {"teacher.path": str(unable)}), display)
+    assert any(text.startswith("train.packing: the teacher's rows stay padded") for text in display.said)
+    with pytest.raises(ModelError, match=r"OPTForCausalLM .* leave packing out"):
+        distill(tiny_run(made, tmp_path / "student", changes | {"student": {"path": str(unable)}}))

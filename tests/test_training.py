@@ -1,6 +1,7 @@
 """The loop: a step has the naive loss and gradient however it is split; rates, clipping, end tokens, validation."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from distillm import losses
 from distillm.generation import Sampling, generate, truncated
+from distillm.heads import packing
 from distillm.methods import Method, distillm, kd, sft, with_text
 from distillm.schedules import learning_rate
 from distillm.sources import dataset
@@ -67,13 +69,17 @@ def naive_loss(name: str, pair: Any, rows: Sequence[Example]) -> Tensor:
     return divergence_of(pair, rows, "skew_reverse_kl", 0.1)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("text", [False, True], ids=["alone", "with_text"])
 @pytest.mark.parametrize("name", ["sft", "kd", "distillm", "distillm_reverse"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_step_is_the_naive_one_however_it_is_split(kind: str, name: str, text: bool) -> None:
+def test_a_step_is_the_naive_one_however_it_is_split(kind: str, name: str, text: bool, packed: bool) -> None:
     # Everything is float64, but llama's norms are float32 inside, whatever the model's type.
     relative, absolute = (1e-8, 1e-12) if kind == "gpt2" else (1e-4, 1e-7)
     pair = tiny_pair(kind, teacher_kind=kind)
+    if packed:
+        assert pair.read_teacher is not None
+        pair = replace(pair, read_student=packing(pair.read_student), read_teacher=packing(pair.read_teacher))
     for size in (1, 2, 3, 100):
         method = build(name, pair)
         method = with_text(method, fixed(TEXT), TEXT_WEIGHT) if text else method
@@ -127,7 +133,10 @@ def test_micro_batches_are_cut_where_it_costs_least(lengths: list[int], size: in
 def test_micro_batches_hold_each_row_once_in_bounds_and_text_apart() -> None:
     rows = [*ROWS, *TEXT]
     for size in (1, 2, 4, 100):
+        packed = micro_batches(rows, size, torch.device("cpu"), packed=True)
+        assert len(packed) == -(-len(ROWS) // size) - (-len(TEXT) // size)
         parts = micro_batches(rows, size, torch.device("cpu"))
+        assert sorted(r.id for part in packed for r in part) == sorted(r.id for r in rows)
         assert sorted(r.id for part in parts for r in part) == sorted(r.id for r in rows)
         assert all(0 < len(part) <= size for part in parts)
         assert all(len({r.origin == "text" for r in part}) == 1 for part in parts)

@@ -22,6 +22,7 @@ from .adapters import AdapterOff, add_adapter, base_of
 from .config import Run
 from .errors import ConfigError, ModelError
 from .generation import Mixture, Sampling, generate
+from .heads import HeadReader, packing
 from .method_settings import Distillation, Distillm2, MiniLlm
 from .methods import Context, Method
 from .models import fingerprint, freeze, head_of, layout_of, load_model, load_tokenizer, shrink
@@ -102,6 +103,9 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
         read_student, read_teacher = head_of(student), None if teacher is None else head_of(teacher)
     for warning in caught:
         note(str(warning.message))
+    if run.train.packing:
+        read_student = packing(read_student)
+        read_teacher = None if read_teacher is None else _packing(read_teacher, note)
     if run.train.compile:
         _compile_layers(student)
     pair = Pair(
@@ -267,6 +271,14 @@ def _tokenizer(given: Any, other: PreTrainedTokenizerBase | None) -> PreTrainedT
 
 def _vocabulary(model: PreTrainedModel) -> int:
     return cast(Tensor, model.get_input_embeddings().weight).shape[0]
+
+
+def _packing(teacher: HeadReader, note: Note) -> HeadReader:
+    try:
+        return packing(teacher)
+    except ModelError as error:
+        note(f"train.packing: the teacher's rows stay padded. {error}")
+        return teacher
 
 
 def _compile_layers(model: Any) -> None:

@@ -190,6 +190,9 @@ class Train(Section):
     length_bucket: PositiveInt = 1
     """Batches whose rows are shared out again by length, so that less is padded; 1 leaves them as they are drawn. Each
     epoch visits each row once all the same."""
+    packing: bool = False
+    """Let the models read the rows of a micro-batch one behind the other, without padding, where they keep them apart.
+    It pays with an attention that does so, too, such as flash attention: others form a mask of all tokens by all."""
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True), Number] = 1.0
     """Gradients are clipped to this norm; .inf leaves them as they are."""
     mixed_precision: Literal["none", "bf16"] = "none"

@@ -4,7 +4,7 @@ import inspect
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,12 +25,14 @@ class HeadReader:
 
     The rows are those where ``batch.labels`` is not ``IGNORE``, in row-major order; gradients flow through them. With
     ``fused`` the model forms its own logits for one position only; otherwise the head holds the model's own logits.
+    ``packed`` readers let the model read the rows one behind the other, without padding (``packing``).
     """
 
     model: Any = field(repr=False)
     unembedding: nn.Linear | None
     scale: float = 1.0
     softcap: float | None = None
+    packed: bool = False
 
     @property
     def fused(self) -> bool:
@@ -39,6 +41,7 @@ class HeadReader:
 
     def __call__(self, model: Any, batch: Batch) -> Head:
         """Run ``model``, or a wrapper of it such as DistributedDataParallel; raises ModelError for another model."""
+        batch = pack(batch) if self.packed else batch
         targets = batch.labels != IGNORE  # [B, T]
         if self.unembedding is None:
             return Head(_forward(model, batch.inputs).logits[targets], None)
@@ -82,6 +85,38 @@ def head_of(model: Any) -> HeadReader:
             if seen and all(_reproduces(reader, hidden, logits) for hidden, logits in seen):
                 return reader
     return _own_logits(model, "its logits are not its output layer's, scaled and soft-capped in a known way")
+
+
+def packing(reader: HeadReader) -> HeadReader:
+    """The same reader, that packs the rows of a batch into one; checked on two rows against reading them apart.
+
+    Raises:
+        ModelError: the model does not keep packed rows apart.
+    """
+    model, found = reader.model, replace(reader, packed=True)
+    if model.config.is_encoder_decoder or "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ModelError(f"{type(model).__name__} takes no positions that begin anew for each row: leave packing out")
+    weight = model.get_input_embeddings().weight
+    ids = torch.randint(weight.shape[0], (2, 8), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    batch = Batch({"input_ids": ids, "attention_mask": mask}, torch.where(mask == 1, ids, IGNORE))
+    with torch.no_grad(), eval_mode(model):
+        apart, together = (each(model, batch).hidden.float() for each in (reader, found))
+    if (apart - together).abs().max() > max(1e-4, 16 * torch.finfo(weight.dtype).eps) * apart.abs().max():
+        raise ModelError(f"{type(model).__name__} lets packed rows read each other: leave packing out")
+    return found
+
+
+def pack(batch: Batch) -> Batch:
+    """The rows of a causal ``batch`` one behind the other in a single one, without padding; targets keep their order.
+
+    Positions that begin anew are what tells transformers' models to keep the rows apart.
+    """
+    kept = batch.inputs["attention_mask"].bool()
+    positions = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    inputs = {"input_ids": batch.inputs["input_ids"][kept][None], "position_ids": positions[kept][None]}
+    return Batch(inputs, batch.labels[kept][None])
 
 
 def _own_logits(model: Any, reason: str) -> HeadReader:

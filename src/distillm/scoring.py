@@ -64,6 +64,11 @@ class Pair:
     cache: TeacherCache | None = None
     """Keeps the teacher's states of the rows that are read again."""
 
+    @property
+    def packed(self) -> bool:
+        """Whether the student reads the rows of a batch one behind the other."""
+        return self.read_student.packed
+
     def layout_for(self, reader: Literal["student", "teacher"]) -> Layout:
         """How the student or the teacher is fed."""
         return self.layout if reader == "student" or self.teacher_layout is None else self.teacher_layout

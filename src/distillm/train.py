@@ -66,7 +66,7 @@ def training_steps(
         active = [(term, weight, count) for term, weight, count in active if weight != 0 and count > 0]
         sums: dict[str, Tensor] = {}
         watched: dict[str, tuple[Tensor, int]] = {}
-        for micro in micro_batches(drawn.rows, micro_batch_size, pair.device):
+        for micro in micro_batches(drawn.rows, micro_batch_size, pair.device, packed=pair.packed):
             here = [(term, weight / count) for term, weight, count in active if term.count(micro)]
             if not here:
                 continue
@@ -143,12 +143,20 @@ OVERHEAD = {"cpu": 32}
 most of it idle."""
 
 
-def micro_batches(rows: Sequence[Example], size: int, device: torch.device) -> list[list[Example]]:
-    """``rows`` in parts of at most ``size``, with plain text apart, cut by length where that saves the most padding."""
+def micro_batches(
+    rows: Sequence[Example], size: int, device: torch.device, *, packed: bool = False
+) -> list[list[Example]]:
+    """``rows`` in parts of at most ``size``, with plain text apart, cut by length where that saves the most padding.
+
+    Rows that are ``packed`` have none to save.
+    """
     parts: list[list[Example]] = []
     for text in (False, True):
         group = sorted((r for r in rows if (r.origin == "text") == text), key=lambda r: len(r.tokens), reverse=True)
-        parts += _cut(group, size, OVERHEAD.get(device.type, 2048))
+        if packed:
+            parts += [group[at : at + size] for at in range(0, len(group), size)]
+        else:
+            parts += _cut(group, size, OVERHEAD.get(device.type, 2048))
     return parts
 
 
@@ -179,7 +187,7 @@ def validate(
     sums = torch.zeros(2, dtype=torch.float64)
     count = 0
     with torch.no_grad(), eval_mode(pair.student):
-        for rows in micro_batches(examples, batch_size, pair.device):
+        for rows in micro_batches(examples, batch_size, pair.device, packed=pair.packed):
             scored = pair.score(rows, state, with_teacher=pair.teacher is not None)
             ones = torch.ones(len(scored.labels), device=scored.labels.device)
             sums[0] += linear_cross_entropy(scored.student, scored.labels, ones).cpu()
