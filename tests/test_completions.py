@@ -1,5 +1,6 @@
 """The teacher's responses by a server: real HTTP, a real tiny teacher behind it, and servers that fail."""
 
+import asyncio
 import json
 import threading
 import time
@@ -11,13 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from answering_server import KEY, Answer, Judge, Script, serving
-from command_line import refused
+from command_line import done, refused
 from distillm.client import Server
 from distillm.completions import Completions
 from distillm.config import as_yaml, make_run
 from distillm.errors import ConfigError, Interrupted, ServerError
 from distillm.generation import Sampling, truncated
 from distillm.pipeline import distill
+from distillm.sweep import cells_of
 from distillm.types import Example
 from rows import prompts
 from tiny import tiny_tokenizer
@@ -78,7 +80,9 @@ def run_of(made: Path, folder: Path, server: str | None, changes: dict[str, Any]
 
 
 def written(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
+    """What is in the file, in the order of the rows: a server's answers are kept as they come."""
+    rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
+    return sorted(rows, key=lambda row: (row["id"].split(":")[0], int(row["id"].split(":")[1])))
 
 
 @pytest.mark.parametrize("way", ["tokens", "text"])
@@ -109,7 +113,8 @@ def test_what_is_asked(made: Path):
         found = completions(server)(asked, GREEDY)
         assert [e.response for e in found] == tokens
         assert [e.origin for e in found] == ["teacher", "teacher"]
-        plain = {"model": "big", "max_tokens": 6, "temperature": 0.0, "return_token_ids": True}
+        plain: dict[str, Any] = {"model": "big", "max_tokens": 6, "temperature": 0.0, "top_p": 1.0}
+        plain |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
         key = lambda body: len(body["prompt"])  # noqa: E731
         assert sorted(server.asked, key=key) == [plain | {"prompt": p.prompt} for p in asked]
         server.asked.clear()
@@ -131,10 +136,10 @@ def test_what_is_asked(made: Path):
 @pytest.mark.parametrize(
     ("answer", "ends"),
     [
-        (Answer("a", [5, END, 7]), True),  # what comes after the end is not the response's
-        (Answer("a", [5, 6]), True),  # stopped by itself, by a server that keeps the end token to itself
-        (Answer("a", [5, 6], finish="length"), False),
-        (Answer("a", []), True),
+        (Answer("", [5, END, 7]), True),  # what comes after the end is not the response's
+        (Answer("", [5, 6]), True),  # stopped by itself, by a server that keeps the end token to itself
+        (Answer("", [5, 6], finish="length"), False),
+        (Answer("", []), True),
         (Answer("hello"), True),
         (Answer("hello", finish="length"), False),
         (Answer(""), True),
@@ -201,11 +206,11 @@ def test_what_was_written_before_the_server_went_is_kept(made: Path, tmp_path: P
     ):
         distill(run_of(made, tmp_path / "run", server.url, changes))
     kept = written(tmp_path / "run")
-    assert len(kept) == 8  # the portion that was whole
+    assert len(kept) == 10  # to the last answer
     with serving(script) as server:
         folder = distill(run_of(made, tmp_path / "run", server.url, changes | {"resume": "auto"}))
-        assert len(server.asked) == 12 - 8
-    assert written(folder)[:8] == kept
+        assert len(server.asked) == 12 - 10
+    assert written(folder)[:10] == kept
 
 
 def test_the_user_does_not_wait_for_a_server_that_hangs():
@@ -239,8 +244,9 @@ def test_the_key_is_sent_and_never_written(made: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": {"name": "sft"}}, r"which method sft does not use"),
-        ({"method": {"name": "kd"}}, r"which method kd does not use"),
+        ({"method": {"name": "kd"}}, r"teacher\.path is missing, and method kd needs"),
+        ({"data.responses_server": {"body": {"stream": True}}}, r"body: stream cannot be set there"),
+        ({"data.responses_server": {"body": {"temperature": 0.5}}}, r"body: temperature cannot be set there"),
         ({"method": {"name": "kd"}, "data.responses": "teacher"}, r"teacher\.path is missing, and method kd needs"),
         ({"data.responses_server": {"jobs": 0}}, r"jobs"),
         ({"data.responses_server": {"keys": "a"}}, r"keys"),
@@ -251,11 +257,67 @@ def test_settings_that_do_not_fit_are_refused(made: Path, tmp_path: Path, change
         run_of(made, tmp_path / "run", "http://127.0.0.1:1/v1", changes)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000/v1", "http://user:secret@host/v1", "http://host/v1?key=1"])
+@pytest.mark.parametrize(
+    "url",
+    ["127.0.0.1:8000/v1", "http://user:secret@host/v1", "http://host/v1?key=1", "http://h:port/v1", "http://[::1/v1"],
+)
 def test_an_address_that_is_none_is_said_before_any_work(made: Path, tmp_path: Path, url: str):
-    with pytest.raises(ConfigError, match=r"data\.responses_server\.url .*write http") as caught:
+    with pytest.raises(ConfigError, match=r"data\.responses_server\.url .*(write http|is no address)") as caught:
         distill(run_of(made, tmp_path / "run", url))
     assert "secret" not in str(caught.value)
+
+
+def test_a_model_with_another_tokenizer_is_found_out_by_its_text():
+    with serving(lambda *_: Answer("what its tokens mean there", [5, 6, END])) as server:
+        kept: list[Example] = []
+        with pytest.raises(ConfigError, match=r"does not have the student's tokenizer.*prompt=text"):
+            completions(server)(prompts(*range(3, 13)), GREEDY, keep=kept.extend)
+        assert kept == []
+        [found] = completions(server, prompt="text")(prompts(3), GREEDY)  # where it does not matter
+    assert found.response[:2] != [5, 6]
+
+
+def test_it_is_asked_where_something_runs_already():
+    async def notebook(server: Judge) -> list[Example]:
+        return completions(server)(prompts(3), GREEDY)
+
+    with serving(lambda *_: Answer("", [6, END])) as server:
+        [found] = asyncio.run(notebook(server))
+    assert found.response == [6, END]
+
+
+def test_a_server_that_no_method_needs_is_not_asked(made: Path, tmp_path: Path):
+    display = Heard()
+    with serving(teacher(made)) as server:
+        distill(run_of(made, tmp_path / "run", server.url, {"method": {"name": "sft"}}), display)
+        assert server.asked == []
+    assert any("responses_server is not asked: method sft" in text for text in display.said)
+
+
+def test_what_the_server_reads_in_place_of_the_students_prompt(made: Path, tmp_path: Path):
+    with serving(teacher(made)) as server:
+        changes = {
+            "data.responses_server": {"prompt": "text"},
+            "data.teacher_template": "Be brief. {{ instruction }}\n",
+        }
+        distill(run_of(made, tmp_path / "run", server.url, changes))
+        assert all(body["prompt"].startswith("Be brief. Say ") for body in server.asked)
+
+
+def test_a_finished_run_answers_prompts_without_the_server(made: Path, tmp_path: Path):
+    with serving(teacher(made)) as server:
+        folder = distill(run_of(made, tmp_path / "run", server.url))
+    assert done("generate", folder, "Say one two.", "--max-new-tokens", 2) is not None
+
+
+def test_a_sweep_keeps_the_responses_of_each_served_model_apart(made: Path, tmp_path: Path):
+    wanted = tmp_path / "base.yaml"
+    with serving(teacher(made)) as server:
+        wanted.write_text(as_yaml(run_of(made, tmp_path / "sweep", server.url)), encoding="utf-8")
+        cells = cells_of(str(wanted), ["data.responses_server.model=a,b", "seed=1,2"])
+    files = [str(cell.run.data.responses_file) for cell in cells]
+    assert len(set(files)) == 2
+    assert len(files) == 4
 
 
 def test_fine_tuning_on_a_servers_responses_needs_no_teacher(made: Path, tmp_path: Path):

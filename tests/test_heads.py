@@ -198,13 +198,14 @@ def test_packed_rows_are_read_as_apart(kind: str, attention: str) -> None:
     batch, apart = batch_for(model), head_of(model)
     packed = packing(apart)
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
+    weights = torch.randn(apart(model, batch).hidden.shape, generator=torch.Generator().manual_seed(1))
     for reader in (apart, packed):
         widths: list[Any] = []
         hook = model.get_input_embeddings().register_forward_hook(lambda _, args, __, w=widths: w.append(args[0].shape))
         hidden = reader(model, batch).hidden
         hook.remove()
         assert widths == [(1, 9 + 6 + 4) if reader.packed else (3, 9)]
-        hidden.square().sum().backward()
+        (hidden * weights).sum().backward()
         found.append((hidden, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
         model.zero_grad()
     # Norms, rotary angles and eager attention's weights are float32 inside, whatever the model's type.

@@ -4,12 +4,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distillm.errors import DataError, Interrupted, StorageError
 from distillm.generation import Sampling
-from distillm.teacher import Responses
+from distillm.teacher import Responses, Write
 from distillm.types import Example, answer
 from rows import prompts, row
 
@@ -23,7 +24,7 @@ class Teacher:
         self.asked: list[list[str]] = []
         self.fail_at = fail_at
 
-    def __call__(self, rows: Sequence[Example]) -> list[Example]:
+    def __call__(self, rows: Sequence[Example], _: Any) -> list[Example]:
         self.asked.append([r.id for r in rows])
         if self.fail_at == len(self.asked):
             raise Interrupted("stopped")
@@ -34,7 +35,7 @@ def spelled(tokens: list[int]) -> str:
     return "é\u2028" + " ".join(map(str, tokens))
 
 
-def responses(path: Path, write: Callable[[Sequence[Example]], list[Example]], **changes: object) -> Responses:
+def responses(path: Path, write: Write, **changes: object) -> Responses:
     options: dict[str, object] = {"teacher": "models/big", "weights": "abc", "sampling": SAMPLING}
     options |= {"decode": spelled, "portion": 2}
     return Responses(path, write=write, **options | changes)  # pyright: ignore[reportArgumentType]
@@ -103,6 +104,20 @@ def test_an_empty_file_is_begun(path: Path) -> None:
     assert responses(path, Teacher(fail_at=1))(ROWS) == ANSWERS
 
 
+def test_what_is_kept_on_the_way_outlives_a_failure(path: Path) -> None:
+    def failing(rows: Sequence[Example], keep: Callable[[list[Example]], None]) -> list[Example]:
+        keep([answer(rows[1], [7, 1], "teacher")])
+        raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        responses(path, failing)(ROWS)
+    teacher = Teacher()
+    found = responses(path, teacher)(ROWS)
+    assert found[1].response == [7, 1]
+    assert [found[0], *found[2:]] == [ANSWERS[0], *ANSWERS[2:]]
+    assert [name for rows in teacher.asked for name in rows] == ["row:0", "row:2", "row:3", "row:4"]
+
+
 @pytest.mark.parametrize(
     ("change", "shown"),
     [
@@ -160,7 +175,7 @@ def test_the_same_prompt_is_answered_once_whatever_interrupts(path: Path) -> Non
     twice = [replace(ROWS[i], id=f"row:{n}") for n, i in enumerate([0, 1, 0, 2, 1])]
     calls = list[str]()
 
-    def sampled(rows: Sequence[Example]) -> list[Example]:
+    def sampled(rows: Sequence[Example], _: Any) -> list[Example]:
         calls.extend(r.id for r in rows)
         return [answer(r, [20 + int(r.id[4:]), 1], "teacher") for r in rows]
 

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -274,6 +274,8 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _packing(teacher: HeadReader, note: Note) -> HeadReader:
+    if isinstance(teacher.model, AdapterOff):  # the student's own model, which has been found to keep rows apart
+        return replace(teacher, packed=True)
     try:
         return packing(teacher)
     except ModelError as error:

@@ -68,10 +68,17 @@ def endpoint(url: str, path: str, name: str) -> str:
         ConfigError: it is no http(s) address, or has more than host, port and path; secrets do not belong there.
             ``name`` is what the message calls the setting.
     """
+    import httpx
+
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", url):
         shown = re.sub(r"//[^/]*@", "//...@", url).split("?")[0]
         raise ConfigError(f"{name} {shown}: write http(s)://HOST[:PORT]/PATH, such as http://127.0.0.1:8000/v1")
-    return url.rstrip("/").removesuffix(path) + path
+    address = url.rstrip("/").removesuffix(path) + path
+    try:
+        httpx.URL(address)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"{name} {url!r} is no address: {error}") from error
+    return address
 
 
 def bearer_key(name: str) -> str | None:

@@ -2,7 +2,8 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -17,6 +18,8 @@ from .types import Example, answer, asked_of
 
 SETTING = "data.responses_server"
 PATH = "/completions"
+SURE = 8
+"""Answers that must all be of another tokenizer before the server's model is held to have one."""
 POLL = 0.1  # seconds between two looks at whether the user wants to stop
 
 
@@ -46,12 +49,13 @@ class Completions:
         *,
         seed: int = 0,
         progress: Callable[[int], None] | None = None,
+        keep: Callable[[list[Example]], None] | None = None,
     ) -> list[Example]:
         """Answer each prompt, in input order, ``server.jobs`` at a time; like ``generation.generate`` for a teacher.
 
         Draws are the server's; where it honours a request's seed, each row has its own, of ``seed`` and its id.
         ``progress`` is called with the number of rows finished so far, and several times a second while waiting; what
-        it raises ends the work.
+        it raises ends the work. ``keep`` gets each answer as it comes.
 
         Raises:
             ConfigError: the server refuses: the key, the address, the model or the request is wrong; or its model has
@@ -59,59 +63,92 @@ class Completions:
             ServerError: the server gives no answer to a prompt.
         """
         bodies = [self._body(asked_of(prompt, "teacher"), sampling, _seed(seed, prompt.id)) for prompt in prompts]
-        said = asyncio.run(self._ask([prompt.id for prompt in prompts], bodies, progress))
-        # Text that is tokenised anew may have more tokens than the model wrote.
-        responses = [self._tokens(each)[: sampling.max_new_tokens] for each in said]
-        return [answer(prompt, response, "teacher") for prompt, response in zip(prompts, responses, strict=True)]
+        answers: dict[int, Example] = {}
+        strangers: list[bool] = []
+
+        def heard(i: int, said: _Said) -> None:
+            strangers.append(self._strange(said))
+            if len(strangers) >= min(SURE, len(prompts)) and all(strangers):
+                raise ConfigError(
+                    "the tokens of the server's model mean another text here: it does not have the student's "
+                    f"tokenizer. Ask by text: {SETTING}.prompt=text"
+                )
+            # Text that is tokenised anew may have more tokens than the model wrote.
+            answers[i] = answer(prompts[i], self._tokens(said)[: sampling.max_new_tokens], "teacher")
+            if keep is not None and not all(strangers):
+                keep([answers[i]])
+
+        _run(self._ask([prompt.id for prompt in prompts], bodies, heard, progress or (lambda _: None)))
+        return [answers[i] for i in range(len(prompts))]
 
     def _body(self, prompt: list[int], sampling: Sampling, seed: int) -> dict[str, Any]:
-        """A request. Only what differs from a server's own defaults is in it: some refuse fields they do not know."""
+        """A request. A server fills what is left out from the model's own file, or as it likes: nothing may be."""
         body: dict[str, Any] = {
             "model": self.model,
             "prompt": prompt,
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
-            "return_token_ids": True,
+            "top_p": sampling.top_p,
         }
-        if self.prompt == "text":
-            front = around(self.tokenizer)[0]  # which the server puts there itself
-            text = prompt[len(front) :] if prompt[: len(front)] == front else prompt
-            body |= {"prompt": self.tokenizer.decode(text), "return_token_ids": None}
         if sampling.temperature > 0:
             body["seed"] = seed
-        if sampling.top_p < 1:
-            body["top_p"] = sampling.top_p
-        if sampling.top_k:
-            body["top_k"] = sampling.top_k
+        if self.prompt == "text":  # asked of servers that know no fields beyond OpenAI's
+            front = around(self.tokenizer)[0]  # which the server puts there itself
+            text = prompt[len(front) :] if prompt[: len(front)] == front else prompt
+            body["prompt"] = self.tokenizer.decode(text)
+            body |= {"top_k": sampling.top_k} if sampling.top_k else {}
+        else:
+            body |= {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
         return {name: value for name, value in (body | dict(self.extra)).items() if value is not None}
 
     async def _ask(
-        self, names: list[str], bodies: list[dict[str, Any]], progress: Callable[[int], None] | None
-    ) -> list["_Said"]:
-        said: list[_Said | None] = [None] * len(bodies)
-        left = iter(range(len(bodies)))
+        self,
+        names: list[str],
+        bodies: list[dict[str, Any]],
+        heard: "Callable[[int, _Said], None]",
+        progress: Callable[[int], None],
+    ) -> None:
+        left, done = iter(range(len(bodies))), 0
+
+        async def work(client: Client[_Said]) -> None:
+            nonlocal done
+            for i in left:
+                try:
+                    heard(i, await client.answer(bodies[i], names[i]))
+                except NoAnswer as error:
+                    raise ServerError(
+                        f"{names[i]}: the server gave no answer in {self.server.attempts} attempts; the last time: "
+                        f"{error}\nWhat came before is kept: the same command with resume=auto goes on from there"
+                    ) from error
+                done += 1
+
         address = endpoint(self.server.url, PATH, f"{SETTING}.url")
         asked = Endpoint(address, "completion", _read, lambda status: _advice(status, address))
         async with Client(self.server, asked, asyncio.Event()) as client:
-            every = [asyncio.create_task(_work(client, left, names, bodies, said)) for _ in range(self.server.jobs)]
+            every = [asyncio.create_task(work(client)) for _ in range(self.server.jobs)]
             workers = set(every)
             try:
                 while workers:
                     ended, workers = await asyncio.wait(workers, timeout=POLL, return_when=asyncio.FIRST_EXCEPTION)
                     for worker in ended:
                         worker.result()  # raises what the worker raised
-                    if progress is not None:
-                        progress(sum(each is not None for each in said))
+                    progress(done)
             finally:
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*every, return_exceptions=True)
-        return cast("list[_Said]", said)
+
+    def _strange(self, said: "_Said") -> bool:
+        """Whether the tokens of what was said are not those of its text, up to how white space is treated."""
+        if self.prompt == "text" or not said.tokens or not said.text.strip():
+            return False
+        own = cast(str, self.tokenizer.decode(said.tokens, skip_special_tokens=True))
+        return "".join(own.split()) != "".join(said.text.split())
 
     def _tokens(self, said: "_Said") -> list[int]:
         """The response as tokens; one that was not cut ends with an end token."""
         tokens = said.tokens
-        if tokens is None:
+        if tokens is None or self.prompt == "text":
             tokens = encode_responses(self.tokenizer, [said.text], self.end_id)[0]
             return tokens[:-1] if said.cut else tokens
         strange = [token for token in tokens if not 0 <= token < self.num_tokens]
@@ -134,17 +171,15 @@ class _Said:
     cut: bool
 
 
-async def _work(
-    client: Client[_Said], left: Iterator[int], names: list[str], bodies: list[dict[str, Any]], said: list[_Said | None]
-) -> None:
-    for i in left:
-        try:
-            said[i] = await client.answer(bodies[i], names[i])
-        except NoAnswer as error:
-            raise ServerError(
-                f"{names[i]}: the server gave no answer in {client.server.attempts} attempts; the last time: {error}\n"
-                "What was written before is kept: the same command with resume=auto goes on from there"
-            ) from error
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """``asyncio.run``, in a thread of its own where something is running already, such as a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+    else:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, work).result()
 
 
 def _read(found: Any) -> _Said:

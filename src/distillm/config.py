@@ -260,7 +260,7 @@ class Run(Section):
     student: Student
     """The model that is trained."""
     teacher: Teacher | None = None
-    """The model that is imitated; sft alone needs none."""
+    """The model that is imitated; sft needs none, nor does seqkd where a server writes the responses."""
     data: Data
     """Where the rows are and how they are read."""
     method: Method = Distillm()
@@ -326,11 +326,6 @@ class Run(Section):
     @model_validator(mode="after")
     def _teacher_is_there(self) -> "Run":
         served = self.data.responses_server is not None
-        if served and not self.teacher_writes:
-            raise ValueError(
-                f"data.responses_server writes the teacher's responses, which method {self.method.name} does not use; "
-                "set data.responses=teacher, or leave it out"
-            )
         plain = self.method.name == "sft" or (self.method.name == "seqkd" and served)
         reasons = {
             f"method {self.method.name}": not plain,
@@ -341,7 +336,7 @@ class Run(Section):
         needs = [name for name, holds in reasons.items() if holds]
         own = self.teacher is not None and self.teacher.adapter_off
         reads_more = [n for n in ("teacher_template", "teacher_system") if getattr(self.data, n) is not None]
-        if reads_more and self.teacher is None:
+        if reads_more and self.teacher is None and not (served and self.teacher_writes):
             raise ValueError(f"data.{reads_more[0]} is what a teacher reads, and there is no teacher")
         if reads_more and isinstance(self.method, MiniLlm) and self.method.teacher_mix > 0:
             raise ValueError(

@@ -38,8 +38,8 @@ class ResponsesServer(Section):
     """The model's name there."""
     prompt: Literal["tokens", "text"] = "tokens"
     """How prompts travel: as tokens, which is exact, or as text that the server tokenises (`transformers serve`)."""
-    key_env: str = "OPENAI_API_KEY"
-    """The environment variable that has the key, if the server wants one."""
+    key_env: str | None = None
+    """The environment variable that has the key, where the server wants one."""
     jobs: PositiveInt = 16
     """Prompts asked at a time."""
     timeout: PositiveFloat = 600.0
@@ -48,6 +48,19 @@ class ResponsesServer(Section):
     """Requests made for one answer at most."""
     body: dict[str, Any] = {}
     """Further fields of a request; null leaves one out."""
+
+    @model_validator(mode="after")
+    def _asks_what_is_read(self) -> "ResponsesServer":
+        fixed = [name for name in self.body if name in ("model", "prompt", "stream", "n", "best_of", "echo")]
+        fixed += [n for n in ("max_tokens", "temperature", "top_p", "top_k", "seed") if self.body.get(n) is not None]
+        if fixed:
+            raise ValueError(f"body: {fixed[0]} cannot be set there; generation.* and responses_temperature say it")
+        return self
+
+    @property
+    def name(self) -> str:
+        """All that the responses depend on beside prompts and decoding; the same model may be served elsewhere."""
+        return f"{self.model}, asked by {self.prompt}{f' with {self.body}' if self.body else ''}"
 
 
 class Data(Section):

@@ -2,11 +2,11 @@
 
 import math
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -233,11 +233,11 @@ def _responses(
     path = Path(run.data.responses_file) if run.data.responses_file else folder.path / "responses.jsonl"
     served = run.data.responses_server
 
-    def write(prompts: Any) -> list[Example]:
+    def write(prompts: Sequence[Example], keep: Callable[[list[Example]], None]) -> list[Example]:
         with display.phase("teacher's responses", len(prompts)) as advance:
             progress = unless_stopped(stop, advance)
             if server is not None:
-                return server(prompts, sampling, seed=run.seed, progress=progress)
+                return server(prompts, sampling, seed=run.seed, progress=progress, keep=keep)
             assert models.teacher is not None
             return generate(
                 models.teacher,
@@ -259,7 +259,7 @@ def _responses(
     return Responses(
         path,
         str(teacher) if served is None else served.url,
-        models.teacher_weights if served is None else f"{served.model}, asked by {served.prompt}",
+        models.teacher_weights if served is None else served.name,
         sampling,
         write,
         text,
@@ -277,11 +277,15 @@ def _server(run: Run, note: Callable[[str], None]) -> Server | None:
     given = run.data.responses_server
     if given is None:
         return None
+    if not run.teacher_writes:
+        note(f"data.responses_server is not asked: method {run.method.name} learns from the data's responses")
+        return None
     require_httpx("data.responses_server", "server")
     endpoint(given.url, PATH, f"{SETTING}.url")
-    server = Server(given.url, bearer_key(given.key_env), given.jobs, given.timeout, given.attempts)
-    if server.exposed:
-        note(f"the key goes to {given.url} without encryption")
+    key = None if given.key_env is None else bearer_key(given.key_env)
+    server = Server(given.url, key, given.jobs, given.timeout, given.attempts)
+    if key is not None:
+        note(f"the key in {given.key_env} goes to {given.url}{', without encryption' if server.exposed else ''}")
     return server
 
 

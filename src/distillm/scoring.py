@@ -66,8 +66,8 @@ class Pair:
 
     @property
     def packed(self) -> bool:
-        """Whether the student reads the rows of a batch one behind the other."""
-        return self.read_student.packed
+        """Whether all that read read the rows of a batch one behind the other."""
+        return self.read_student.packed and (self.read_teacher is None or self.read_teacher.packed)
 
     def layout_for(self, reader: Literal["student", "teacher"]) -> Layout:
         """How the student or the teacher is fed."""

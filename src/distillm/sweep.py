@@ -74,6 +74,7 @@ def _decoding(run: Run) -> str:
     """A short name of all that a file of the teacher's responses belongs to: other responses need another file."""
     drawn = run.seed if run.data.responses_temperature else None
     said = [run.teacher and run.teacher.model_dump(), run.generation.model_dump(exclude={"batch_size"})]
+    said += [] if run.data.responses_server is None else [run.data.responses_server.name]
     return hashlib.sha256(repr([*said, run.data.responses_temperature, drawn]).encode()).hexdigest()[:8]
 
 

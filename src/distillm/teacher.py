@@ -12,7 +12,8 @@ from .errors import DataError, StorageError
 from .generation import Sampling
 from .types import Example, answer, last_turn
 
-Write = Callable[[Sequence[Example]], list[Example]]
+Write = Callable[[Sequence[Example], Callable[[list[Example]], None]], list[Example]]
+"""Answers prompts; what it wants kept before all are answered it gives to its second argument."""
 
 
 class Responses:
@@ -48,15 +49,18 @@ class Responses:
         first = {_digest(p): p for p in reversed(prompts)}  # a prompt that comes twice is answered once
         missing = [first[d] for d in dict.fromkeys(map(_digest, prompts)) if d not in self.known]
         for at in range(0, len(missing), self.portion):
-            written = self.write(missing[at : at + self.portion])
-            self._append(
-                [
-                    {"id": e.id, "prompt": _digest(e), "response": self.decode(e.response), "tokens": e.response}
-                    for e in written
-                ]
-            )
-            self.known |= {_digest(e): e.response for e in written}
+            self._keep(self.write(missing[at : at + self.portion], self._keep))
         return [answer(p, self.known[_digest(p)], "teacher") for p in prompts]
+
+    def _keep(self, written: list[Example]) -> None:
+        fresh = [e for e in written if _digest(e) not in self.known]
+        self._append(
+            [
+                {"id": e.id, "prompt": _digest(e), "response": self.decode(e.response), "tokens": e.response}
+                for e in fresh
+            ]
+        )
+        self.known |= {_digest(e): e.response for e in fresh}
 
     def _read(self) -> dict[str, list[int]]:
         if not self.path.exists():
