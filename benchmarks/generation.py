@@ -61,12 +61,18 @@ def transformers_generate(model: Any, given: list[Example], ends: list[int], bat
 
 
 def continuous_batching(model: Any, given: list[Example], ends: list[int], batch_size: int) -> int:
-    """Transformers' own engine, whose rows come and go; its cache takes no more pages than the rows can fill."""
+    """Transformers' own engine, whose rows come and go; its cache takes no more pages than the rows can fill.
+
+    Each call begins and ends the engine, as a step of training would have to, whose weights have changed.
+    """
     paged = ContinuousBatchingConfig(
-        num_blocks=2 * batch_size, page_size=LENGTH, max_batch_tokens=2048, max_requests_per_batch=batch_size
-    )
+        num_blocks=2 * batch_size, page_size=LENGTH, max_batch_tokens=2048, max_requests_per_batch=batch_size,
+        allow_block_sharing=False,
+    )  # fmt: skip
     how = GenerationConfig(do_sample=True, max_new_tokens=LENGTH, pad_token_id=0, eos_token_id=ends or -1)
     out = model.generate_batch([example.tokens for example in given], how, paged)
+    assert len(out) == len(given)
+    assert not any(written.error for written in out.values())
     return sum(len(written.generated_tokens) for written in out.values())
 
 

@@ -3,11 +3,12 @@
     python benchmarks/scaling.py                            # on a CPU
     python benchmarks/scaling.py --only "response rows" --device cuda --dtype bfloat16
 
-One thing is varied at a time, from models of random weights on rows of random tokens, half of each a prompt. A step is
-KD's, on a teacher twice as deep as the student, beside fine-tuning's of the same student on the same rows. Times are
-medians, CPU seconds on a CPU and events on a GPU; memory is the most that a step, or head and loss alone ("response
-rows"), held beside what was there before. Processes train at once, each with a share of the threads and a model of its
-own, and rates are sums by the clock on the wall: how far the machine carries several runs (`distillm sweep --jobs`).
+One thing is varied at a time (by length, the tokens stay: rows are fewer where they are longer), from models of random
+weights on rows of random tokens, half of each a prompt. A step is KD's, on a teacher twice as deep as the student,
+beside fine-tuning's of the same student on the same rows. Times are medians, CPU seconds on a CPU and events on a GPU;
+memory is the most that a step, or head and loss alone ("response rows"), held beside what was there before. Processes
+train at once, each with a share of the threads and a model of its own, and rates are sums by the clock on the wall:
+how far the machine carries several runs (`distillm sweep --jobs`).
 """
 
 import argparse
@@ -140,7 +141,7 @@ def processes(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
     spawn, cores = multiprocessing.get_context("spawn"), torch.multiprocessing.cpu_count()
     for number in (n for n in (1, 2, 4, 8) if n <= cores):
         with spawn.Manager() as manager, ProcessPoolExecutor(number, mp_context=spawn) as pool:
-            barrier = manager.Barrier(number)
+            barrier = manager.Barrier(number, timeout=600)
             rates = list(pool.map(trained, [cores // number] * number, [barrier] * number, [options] * number))
         yield str(number), {"threads": cores // number, "rates": rates, "tokens_per_second": sum(rates)}
 

@@ -22,6 +22,7 @@ from distillm.errors import ConfigError, DataError, Interrupted, ModelError, Tra
 from distillm.methods import METHODS, REPLAY_RATIO
 from distillm.models import load_model
 from distillm.pipeline import distill
+from distillm.project import build
 from distillm.sweep import cells_of, run_sweep
 from distillm.types import State
 from tiny import save, tiny_causal, tiny_tokenizer
@@ -439,3 +440,13 @@ def test_a_teacher_that_cannot_pack_is_read_padded_and_a_student_that_cannot_is_
     assert any(text.startswith("train.packing: the teacher's rows stay padded") for text in display.said)
     with pytest.raises(ModelError, match=r"OPTForCausalLM .* leave packing out"):
         distill(tiny_run(made, tmp_path / "student", changes | {"student": {"path": str(unable)}}))
+
+
+def test_attention_is_what_was_asked_for_or_an_error_that_says_why_not(made: Path, tmp_path: Path) -> None:
+    changes = {"method": {"name": "kd"}, "teacher.attention": "eager", "student.attention": "sdpa"}
+    models = build(tiny_run(made, tmp_path / "run", changes)).models
+    assert models.teacher is not None
+    found = [model.config._attn_implementation for model in (models.teacher, models.student)]
+    assert found == ["eager", "sdpa"]
+    with pytest.raises(ModelError, match=r"student\.attention=flash_attention_3 is not to be had here"):
+        build(tiny_run(made, tmp_path / "other", {"student.attention": "flash_attention_3"}))

@@ -72,6 +72,9 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
         )  # pyright: ignore[reportArgumentType]
     else:
         student = _load(given, accelerator, run.seed, teacher_tokenizer)
+    for name, model, wanted in (("teacher", teacher, run.teacher), ("student", student, given)):
+        if model is not None and wanted is not None and wanted.attention is not None:
+            _attend(name, model, wanted.attention)
     if given.lora is not None:
         path = given.path or ""
         if not given.lora.merge and (given.gguf_file or path.endswith(".gguf") or base_of(Path(path)) is not None):
@@ -271,6 +274,14 @@ def _tokenizer(given: Any, other: PreTrainedTokenizerBase | None) -> PreTrainedT
 
 def _vocabulary(model: PreTrainedModel) -> int:
     return cast(Tensor, model.get_input_embeddings().weight).shape[0]
+
+
+def _attend(name: str, model: PreTrainedModel, attention: str) -> None:
+    try:
+        model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        said = f"{name}.attention={attention} is not to be had here: {str(error).splitlines()[0]}"
+        raise ModelError(f"{said}\nLeave it out for what transformers takes by itself") from error
 
 
 def _packing(teacher: HeadReader, note: Note) -> HeadReader:

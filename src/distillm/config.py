@@ -45,6 +45,8 @@ class Model(Section):
     """Where the tokenizer is, if not with the model."""
     dtype: Dtype = "float32"
     """The type of the weights."""
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
+    """How attention is computed; transformers' choice unless set."""
     trust_remote_code: bool = False
     """Let the model folder run its own Python code. Only for authors you trust."""
 
@@ -90,7 +92,7 @@ class Teacher(Model):
             raise ValueError("give path or adapter_off, not both: with adapter_off the student is the teacher")
         changed = [
             n
-            for n in ("gguf_file", "tokenizer", "dtype", "trust_remote_code")
+            for n in ("gguf_file", "tokenizer", "dtype", "attention", "trust_remote_code")
             if getattr(self, n) != getattr(Model(), n)
         ]
         if self.adapter_off and changed:
@@ -192,7 +194,7 @@ class Train(Section):
     epoch visits each row once all the same."""
     packing: bool = False
     """Let the models read the rows of a micro-batch one behind the other, without padding, where they keep them apart.
-    It pays with an attention that does so, too, such as flash attention: others form a mask of all tokens by all."""
+    It pays with an `attention` that does so too, such as flash_attention_2: others form a mask of all tokens by all."""
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True), Number] = 1.0
     """Gradients are clipped to this norm; .inf leaves them as they are."""
     mixed_precision: Literal["none", "bf16"] = "none"
