@@ -1,5 +1,6 @@
 """Checkpoints: everything comes back, whole or not at all."""
 
+import hashlib
 import json
 import os
 import random
@@ -12,12 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from distillm.checkpoint import (
+    CHECKSUMS,
+    check,
     list_checkpoints,
     load_checkpoint,
     load_student,
+    newest_whole,
     save_checkpoint,
     step_of,
     sweep,
@@ -51,6 +57,13 @@ def trained(seed: int = 0, steps: int = 2, **config: Any) -> tuple[Any, torch.op
     return model, optimizer
 
 
+def reseal(checkpoint: Path) -> None:
+    """Make the checksums those of the files as they are."""
+    files = [path for path in checkpoint.iterdir() if path.name != CHECKSUMS]
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    (checkpoint / CHECKSUMS).write_text(json.dumps(found), encoding="utf-8")
+
+
 def state_of() -> State:
     return State(step=12, total_steps=40, validation=[2.0, 1.5, 1 / 3])
 
@@ -61,9 +74,12 @@ def buffer_of(rows: list[Example], capacity: int = 5) -> ReplayBuffer:
     return buffer
 
 
-def saved(folder: Path, seed: int = 0, extra: Any = None, **config: Any) -> tuple[Path, Any, torch.optim.AdamW]:
-    model, optimizer = trained(seed, **config)
-    return save_checkpoint(folder, model, optimizer, state_of(), buffer_of(ROWS), extra), model, optimizer
+def saved(
+    folder: Path, seed: int = 0, extra: Any = None, step: int = 12, **config: Any
+) -> tuple[Path, Any, torch.optim.AdamW]:
+    (model, optimizer), state = trained(seed, **config), state_of()
+    state.step = step
+    return save_checkpoint(folder, model, optimizer, state, buffer_of(ROWS), extra), model, optimizer
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -168,7 +184,7 @@ def test_a_damaged_tensor_file_is_named_with_what_to_do(tmp_path: Path, name: st
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if damage == "truncated" else 0])
-    with pytest.raises(StorageError, match=r"step-00000012 is damaged.*Delete it to go on from the one before"):
+    with pytest.raises(StorageError, match=rf"step-00000012 is damaged.*{name} is not as it was written"):
         load_checkpoint(checkpoint, model, optimizer, State(), ReplayBuffer(1))
 
 
@@ -176,13 +192,55 @@ def test_a_damaged_tensor_file_is_named_with_what_to_do(tmp_path: Path, name: st
 def test_garbage_in_the_state_is_a_damaged_checkpoint(tmp_path: Path, text: str):
     checkpoint, model, optimizer = saved(tmp_path)
     (checkpoint / "state.json").write_text(text, encoding="utf-8")
-    with pytest.raises(StorageError, match=r"is damaged.*Delete it"):
+    with pytest.raises(StorageError, match=r"is damaged.*state\.json is not as it was written"):
         load_checkpoint(checkpoint, model, optimizer, State(), ReplayBuffer(1))
+    reseal(checkpoint)
+    with pytest.raises(StorageError, match="is damaged"):
+        load_checkpoint(checkpoint, model, optimizer, State(), ReplayBuffer(1))
+
+
+FILES = ["student.safetensors", "optimizer.safetensors", "generators.safetensors", "state.json", CHECKSUMS]
+
+
+@given(st.sampled_from(FILES), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+@settings(max_examples=200)
+def test_any_flipped_bit_of_a_checkpoint_is_found(kept: Path, name: str, where: float, bit: int):
+    path = kept / name
+    whole = path.read_bytes()
+    at = int(where * len(whole))
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+    try:
+        with pytest.raises(StorageError, match="is damaged"):
+            check(kept)
+    finally:
+        path.write_bytes(whole)
+    check(kept)
+
+
+@pytest.fixture(name="kept", scope="module")
+def _kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkpoint, *_ = saved(tmp_path_factory.mktemp("kept"))
+    return checkpoint
+
+
+def test_the_newest_whole_checkpoint_is_found_and_damaged_ones_are_set_aside(tmp_path: Path):
+    made = [saved(tmp_path, step=step)[0] for step in (2, 4, 6)]
+    (made[2] / "state.json").unlink()
+    (made[1] / "student.safetensors").write_bytes(b"")
+    found, said = newest_whole(tmp_path)
+    assert found == made[0]
+    assert len(said) == 2
+    assert "state.json is not as it was written" in said[0]
+    assert "set aside as damaged-step-00000006" in said[0]
+    assert list_checkpoints(tmp_path) == [made[0]]
+    assert (tmp_path / "damaged-step-00000004" / "state.json").is_file()
+    assert newest_whole(tmp_path) == (made[0], [])
 
 
 def test_foreign_generators_are_a_damaged_checkpoint(tmp_path: Path):
     checkpoint, model, optimizer = saved(tmp_path)
     save_file({"cpu": torch.zeros(3, dtype=torch.uint8)}, checkpoint / "generators.safetensors")
+    reseal(checkpoint)
     with pytest.raises(StorageError, match="is damaged"):
         load_checkpoint(checkpoint, model, optimizer, State(), ReplayBuffer(1))
 

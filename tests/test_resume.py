@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import killed
 from distillm import pipeline
@@ -22,6 +23,7 @@ from distillm.config import load_run
 from distillm.display import Advance, Display
 from distillm.errors import Interrupted, StorageError
 from distillm.pipeline import distill
+from test_checkpoint import reseal
 from tiny_run import (
     Heard,
     assert_same_run,
@@ -183,6 +185,7 @@ def test_another_thread_count_is_said(made: Path, tmp_path: Path):
     state = json.loads((checkpoint / "state.json").read_text())
     assert state["threads"] == torch.get_num_threads()
     (checkpoint / "state.json").write_text(json.dumps(state | {"threads": 64}))
+    reseal(checkpoint)
     display = Heard()
     resumed(tmp_path / "run", display=display)
     assert any("made with 64 threads, now there are 1" in text for text in display.said)
@@ -190,19 +193,41 @@ def test_another_thread_count_is_said(made: Path, tmp_path: Path):
     assert "made with 64 threads" in event["message"]
 
 
-def test_a_damaged_newest_checkpoint_can_be_deleted_to_go_on_from_the_one_before(
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_taken(made: Path, whole: Path, tmp_path: Path):
+    folder, display = tmp_path / "run", Heard()
+    stopped(lambda: distill(tiny_run(made, folder)), "_log_step", 7)
+    newest = list_checkpoints(folder / "checkpoints")[-1]
+    (newest / "student.safetensors").write_bytes(b"\x00" * 100)
+    assert_same_run(resumed(folder, display=display), whole)
+    assert any("step-00000006 is damaged" in text and "set aside" in text for text in display.said)
+    assert "resumed from step-00000004" in display.said
+    (event,) = events(folder, "damaged")
+    assert "step-00000006 is damaged" in event["message"]
+
+
+def test_a_run_without_a_whole_checkpoint_says_so_and_begins_anew_when_asked_again(
     made: Path, whole: Path, tmp_path: Path
 ):
     folder = tmp_path / "run"
     stopped(lambda: distill(tiny_run(made, folder)), "_log_step", 7)
-    newest = list_checkpoints(folder / "checkpoints")[-1]
-    (newest / "student.safetensors").write_bytes(b"\x00" * 100)
-    with pytest.raises(StorageError, match=r"step-00000006 is damaged.*Delete it to go on from the one before"):
+    for checkpoint in list_checkpoints(folder / "checkpoints"):
+        (checkpoint / "state.json").unlink()
+    with pytest.raises(StorageError, match=r"No whole checkpoint is left: the same command begins the run anew"):
         resumed(folder)
-    for path in newest.iterdir():
-        path.unlink()
-    newest.rmdir()
     assert_same_run(resumed(folder), whole)
+
+
+def test_where_the_best_checkpoint_is_damaged_the_last_student_is_kept(made: Path, tmp_path: Path):
+    worse = {"optim.lr": 5.0, "optim.schedule": "constant", "optim.warmup_steps": 7}  # after the first validation
+    changes = {"checkpoint.keep": 1, "evaluation.compare": []} | worse
+    folder, display = tmp_path / "run", Heard()
+    stopped(lambda: distill(tiny_run(made, folder, changes)), "_finish", 8)
+    best, newest = list_checkpoints(folder / "checkpoints")
+    assert step_of(best) == 4
+    (best / "student.safetensors").write_bytes(b"")
+    resumed(folder, display=display)
+    assert any("It was the best by validation" in text for text in display.said)
+    assert same_weights(weights(folder), load_file(newest / "student.safetensors"))
 
 
 def test_a_checkpoint_of_another_student_says_which_tensor_differs(made: Path, tmp_path: Path):
@@ -237,6 +262,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_gives_the_handler_back(made: Path, w
     with pytest.raises(Interrupted) as caught:
         distill(tiny_run(made, tmp_path / "run"), display)
     assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert caught.value.exit_code == 130
     assert "stopped after step 3 of 8; everything is saved" in str(caught.value)
     assert f"distillm train {tmp_path / 'run'} resume=auto" in str(caught.value)
@@ -288,6 +314,16 @@ def test_a_process_stopped_by_ctrl_c_and_then_killed_while_saving_resumes_bit_fo
     assert_same_run(resumed(folder), whole)
     messages = [entry["message"] for entry in events(folder, "resumed")]
     assert messages == ["from step-00000003", "from step-00000004"]
+
+
+def test_sigterm_saves_and_ends_with_a_code_of_its_own(made: Path, whole: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(made, folder)), encoding="utf-8")
+    asked = process("SIGTERM", r"open .*/run/metrics\.jsonl$", 5, "train", str(tmp_path / "run.yaml"))
+    assert asked.returncode == 143, asked.stderr
+    assert "error: stopped after step 3 of 8; everything is saved. Go on with:" in asked.stderr
+    assert [entry["message"] for entry in events(folder, "interrupted")] == ["stopped by SIGTERM"]
+    assert_same_run(resumed(folder), whole)
 
 
 @pytest.mark.slow

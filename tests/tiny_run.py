@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from distillm.checkpoint import DAMAGED
 from distillm.config import Run, make_run
 from distillm.display import Display
 from tiny import save, tiny_model, tiny_tokenizer
@@ -138,7 +139,9 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Every file by its path, but for checkpoints that were set aside."""
+    paths = [p for p in folder.rglob("*") if p.is_file() and not p.parent.name.startswith(DAMAGED)]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
 
 
 def first_losses(wanted: dict[str, Any]) -> list[float]:

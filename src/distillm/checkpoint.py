@@ -1,5 +1,6 @@
 """Everything a run needs to continue, in safetensors and JSON, each checkpoint there whole or not at all."""
 
+import hashlib
 import json
 import os
 import random
@@ -23,6 +24,8 @@ from .types import Example, State
 from .writing import flush
 
 _NAME = re.compile(r"step-(\d{8})")
+CHECKSUMS = "checksums.json"
+DAMAGED = "damaged-"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -33,6 +36,48 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The number of optimizer steps that ``checkpoint`` was made after."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def check(checkpoint: Path) -> None:
+    """Compare every file of ``checkpoint`` with the checksum that was written with it.
+
+    Raises:
+        StorageError: one is missing or has changed.
+    """
+    with _whole(checkpoint):
+        wanted = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
+        found = _checksums(checkpoint)
+        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        if odd:
+            raise ValueError(f"{', '.join(odd)} is not as it was written")
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != CHECKSUMS:
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in ``folder`` that is as it was written, and what is wrong with those that are not.
+
+    Those are set aside as ``damaged-step-N``.
+    """
+    said: list[str] = []
+    for checkpoint in reversed(list_checkpoints(folder)):
+        try:
+            check(checkpoint)
+        except StorageError as error:
+            aside = checkpoint.with_name(DAMAGED + checkpoint.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(checkpoint, aside)
+            said.append(f"{error} It is set aside as {aside.name}.")
+        else:
+            return checkpoint, said
+    return None, said
 
 
 def remove(folder: Path) -> None:
@@ -100,6 +145,7 @@ def save_checkpoint(
             "extra": extra,
         }
         (scratch / "state.json").write_text(json.dumps(saved), encoding="utf-8")
+        (scratch / CHECKSUMS).write_text(json.dumps(_checksums(scratch)), encoding="utf-8")
     return target
 
 
@@ -111,6 +157,7 @@ def load_checkpoint(
     Raises:
         StorageError: a file of the checkpoint is missing or damaged.
     """
+    check(checkpoint)
     with _whole(checkpoint):
         saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         moments = load_file(checkpoint / "optimizer.safetensors")
@@ -137,6 +184,7 @@ def load_student(student: nn.Module, checkpoint: Path) -> None:
     Raises:
         StorageError: they are missing or damaged, or of another model.
     """
+    check(checkpoint)
     with _whole(checkpoint):
         tensors = load_file(checkpoint / "student.safetensors")
     wanted = {name: tuple(tensor.shape) for name, tensor in _student_tensors(student).items()}
@@ -155,9 +203,7 @@ def _whole(checkpoint: Path) -> Generator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise StorageError(
-            f"{checkpoint} is damaged ({type(error).__name__}: {error}). Delete it to go on from the one before."
-        ) from error
+        raise StorageError(f"{checkpoint} is damaged ({type(error).__name__}: {error}).") from error
 
 
 def _student_tensors(student: nn.Module) -> dict[str, Tensor]:

@@ -49,6 +49,12 @@ class Interrupted(DistillmError):
     exit_code = 130
 
 
+class Terminated(Interrupted):
+    """The system asked to stop, as a scheduler does before it takes a machine away; what was done is saved."""
+
+    exit_code = 143
+
+
 def first_of(names: Sequence[str], most: int = 16) -> str:
     """``names`` for a message that stays within a screen: those after the first ``most`` are left out."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import list_checkpoints, remove, sweep
+from .checkpoint import DAMAGED, list_checkpoints, newest_whole, remove, sweep
 from .errors import ConfigError, StorageError
 from .writing import write_text
 
@@ -18,14 +18,17 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.student = path / "student"
         self.condemned = False
+        self.damaged: list[str] = []
 
     def open(self, *, resume: bool, overwrite: bool) -> Path | None:
-        """Make the folder, or go on in it; the checkpoint to resume from, if there is one.
+        """Make the folder, or go on in it; the newest whole checkpoint to resume from, if there is one.
+
+        What is wrong with newer ones is left in ``damaged``.
 
         Raises:
             ConfigError: there is a run in it already, and neither ``resume`` nor ``overwrite`` is given; or there is a
                 ``student`` in it that no run wrote.
-            StorageError: the folder cannot be made.
+            StorageError: the folder cannot be made; or there are checkpoints to resume from, and none of them is whole.
         """
         occupied = any((self.path / name).exists() for name in ("run.yaml", "metrics.jsonl"))
         occupied = occupied or bool(list_checkpoints(self.checkpoints))
@@ -43,10 +46,13 @@ class RunFolder:
             self.condemned = occupied and not resume
             (self.path / "eval").mkdir(exist_ok=True)
             sweep(self.path / "eval")
+            found, self.damaged = newest_whole(self.checkpoints) if resume else (None, [])
         except OSError as error:
             raise StorageError(f"could not make the run folder {self.path}: {error}") from error
-        found = list_checkpoints(self.checkpoints) if resume else []
-        return found[-1] if found else None
+        if self.damaged and found is None:
+            said = "\n".join(self.damaged)
+            raise StorageError(f"{said}\nNo whole checkpoint is left: the same command begins the run anew.")
+        return found
 
     def clear(self) -> None:
         """Delete the run that is to be overwritten: only once the new one has been found fit to start."""
@@ -55,6 +61,8 @@ class RunFolder:
         self.condemned = False
         for checkpoint in list_checkpoints(self.checkpoints):
             remove(checkpoint)
+        for path in self.checkpoints.glob(f"{DAMAGED}*"):
+            shutil.rmtree(path)
         for name in ("eval", "student", "distillm"):  # distillm: what a tracker wrote
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in ("samples.jsonl", "responses.jsonl", "report.html", "metrics.jsonl", "run.yaml"):

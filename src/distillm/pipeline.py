@@ -17,10 +17,10 @@ from .assess import answers, assess
 from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of
 from .config import Run, as_yaml, changed, read_yaml
 from .display import Display
-from .errors import Interrupted, TrainingError
+from .errors import Interrupted, StorageError, Terminated, TrainingError
 from .evaluation.run import decode, seeds_used
 from .folder import RunFolder
-from .project import Project, build, save_student, training, unless_stopped, validated
+from .project import Project, Stop, build, save_student, training, unless_stopped, validated
 from .provenance import provenance
 from .report import write_report
 from .train import Step
@@ -115,8 +115,8 @@ def _train(project: Project) -> None:
                 _save(project)
                 _log_time(project)
             if project.stop.is_set() and step.step < total:
-                _event(project, "interrupted", "stopped by the user")
-                raise Interrupted(
+                _event(project, "interrupted", f"stopped by {signal.Signals(project.stop.by).name}")
+                raise project.stop.error(
                     f"stopped after step {step.step} of {total}; everything is saved. Go on with:\n"
                     f"  distillm train {project.folder.path} resume=auto"
                 )
@@ -255,6 +255,9 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
     project.folder.forget_after(project.state.step)
     differences = _changes(project)
     said = f"from {checkpoint.name}" + (f", with changed settings: {', '.join(differences)}" if differences else "")
+    for damaged in project.folder.damaged:
+        _event(project, "damaged", damaged)
+        project.display.note(damaged)
     _event(project, "resumed", said)
     project.display.note(f"resumed {said}")
     if differences:
@@ -287,8 +290,13 @@ def _finish(project: Project) -> None:
     models, folder = project.models, project.folder
     if project.best is not None and project.best[1] != project.state.step:
         best = folder.checkpoints / f"step-{project.best[1]:08d}"
-        load_student(models.student, best)
-        project.display.note(f"the best validation was after step {project.best[1]}: that student is kept")
+        try:
+            load_student(models.student, best)
+            project.display.note(f"the best validation was after step {project.best[1]}: that student is kept")
+        except StorageError as error:
+            said = f"{error} It was the best by validation: the student of the last step is kept in its place."
+            _event(project, "damaged", said)
+            project.display.note(said)
     if project.first is not None and project.best is not None and project.best[0] >= project.first:
         said = f"by {project.run.validation.select} the student is no better than it was before training"
         _event(project, "worse", said)
@@ -332,22 +340,27 @@ def _event(project: Project, event: str, message: str, **more: Any) -> None:
 
 
 @contextmanager
-def _interruptible(display: Display) -> Generator[threading.Event]:
-    """The first Ctrl-C asks to stop at the next safe point; the second one stops at once."""
-    stop = threading.Event()
+def _interruptible(display: Display) -> Generator[Stop]:
+    """The first Ctrl-C or SIGTERM asks to stop at the next safe point; the second one stops at once."""
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
-    def ask(_: int, __: FrameType | None) -> None:
+    def ask(by: int, _: FrameType | None) -> None:
+        stop.by = by
         if stop.is_set():
             display.note("stopped at once; the newest checkpoint stands, if there is one yet")
+            if by == signal.SIGTERM:
+                raise SystemExit(Terminated.exit_code)
             raise KeyboardInterrupt  # the command line ends with 130
         stop.set()
-        display.note("stopping after this step and saving; press Ctrl-C again to stop at once")
+        again = "press Ctrl-C again to stop" if by == signal.SIGINT else "a second SIGTERM stops"
+        display.note(f"stopping after this step and saving; {again} at once")
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = {asked: signal.signal(asked, ask) for asked in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for asked, handler in before.items():
+            signal.signal(asked, handler)

@@ -1,6 +1,7 @@
 """The objects of a run, ready for ``training_steps``."""
 
 import math
+import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from .client import Server, bearer_key, endpoint, require_httpx
 from .completions import PATH, SETTING, Completions
 from .config import Run, as_yaml
 from .display import Display
-from .errors import ConfigError, Interrupted, TrainingError
+from .errors import ConfigError, Interrupted, Terminated, TrainingError
 from .evaluation import rouge_l
 from .folder import RunFolder
 from .generation import generate, truncated
@@ -34,6 +35,16 @@ from .sources import ReplayBuffer, steps_per_epoch
 from .teacher import Responses
 from .train import Step, training_steps
 from .types import Example, State
+
+
+class Stop(threading.Event):
+    """Whether somebody asked to stop: the user by Ctrl-C, or the system by SIGTERM."""
+
+    by: int = signal.SIGINT
+
+    def error(self, message: str) -> Interrupted:
+        """What the work ends with, so that the exit code says who asked."""
+        return (Terminated if self.by == signal.SIGTERM else Interrupted)(message)
 
 
 @dataclass
@@ -53,7 +64,7 @@ class Project:
     state: State
     buffer: ReplayBuffer
     display: Display
-    stop: threading.Event
+    stop: Stop
     first: float | None = None
     best: tuple[float, int] | None = None
     checkpointed: int | None = None
@@ -67,12 +78,12 @@ class Project:
 
 
 def build(
-    run: Run, display: Display | None = None, stop: threading.Event | None = None, folder: RunFolder | None = None
+    run: Run, display: Display | None = None, stop: Stop | None = None, folder: RunFolder | None = None
 ) -> Project:
     """The objects of a run, ready for ``training_steps``; the teacher's responses are written if the run needs them."""
     display, stop, folder = (
         display or Display(quiet=True),
-        stop or threading.Event(),
+        stop or Stop(),
         folder or RunFolder(Path(run.output)),
     )
     server = _server(run, display.note)
@@ -227,7 +238,7 @@ def _responses(
     server: Completions | None,
     folder: RunFolder,
     display: Display,
-    stop: threading.Event,
+    stop: Stop,
 ) -> Responses:
     sampling = assembly.make_sampling(run, run.data.responses_temperature)
     path = Path(run.data.responses_file) if run.data.responses_file else folder.path / "responses.jsonl"
@@ -297,12 +308,12 @@ def _completions(run: Run, models: Models, server: Server) -> Completions:
     return Completions(server, given.model, models.tokenizer, ends, last, num_tokens, given.prompt, given.body)
 
 
-def unless_stopped(stop: threading.Event, advance: Callable[..., None]) -> Callable[[int], None]:
+def unless_stopped(stop: Stop, advance: Callable[..., None]) -> Callable[[int], None]:
     """``advance``, unless the user asked to stop: these phases are cheap to begin again."""
 
     def check(done: int) -> None:
         if stop.is_set():
-            raise Interrupted("stopped; what was finished is saved. Go on with the same command and resume=auto")
+            raise stop.error("stopped; what was finished is saved. Go on with the same command and resume=auto")
         advance(done)
 
     return check

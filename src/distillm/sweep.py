@@ -17,7 +17,7 @@ from rich.table import Table
 
 from .config import Run, as_yaml, changed, make_run, read_yaml
 from .display import Display, clock
-from .errors import ConfigError, DistillmError
+from .errors import ConfigError, DistillmError, Interrupted
 from .pipeline import distill
 from .project import build
 from .report import read_run
@@ -119,7 +119,7 @@ def _in_turn(waiting: Sequence[Cell], display: Display) -> dict[str, str]:
             distill(cell.run, display)
         except Exception as error:
             memory = "OutOfMemoryError" in type(error).__name__
-            if not memory and (not isinstance(error, DistillmError) or error.exit_code == 130):
+            if not memory and (not isinstance(error, DistillmError) or isinstance(error, Interrupted)):
                 raise
             failed[cell.run.output] = "out of memory: lower train.micro_batch_size" if memory else str(error)
             display.note(f"error: {failed[cell.run.output]}")
@@ -134,7 +134,7 @@ def _together(waiting: Sequence[Cell], display: Display, jobs: int) -> dict[str,
         try:
             build(cell.run.model_copy(update={"output": f"{cell.run.output}.responses"}), display)
         except DistillmError as error:
-            if error.exit_code == 130:
+            if isinstance(error, Interrupted):
                 raise
             failed |= {c.run.output: str(error) for c in waiting if c.run.data == cell.run.data}
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
