@@ -1,6 +1,7 @@
 """A ``Run`` becomes objects: models, method, optimizer."""
 
 import importlib.util
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import methods, sources
@@ -26,6 +28,7 @@ from .heads import HeadReader, packing
 from .method_settings import Distillation, Distillm2, MiniLlm
 from .methods import Context, Method
 from .models import fingerprint, freeze, head_of, layout_of, load_model, load_tokenizer, shrink
+from .processes import count, rank
 from .scoring import Pair
 from .sources import ReplayBuffer
 from .train import parameter_groups
@@ -112,7 +115,7 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
     if run.train.compile:
         _compile_layers(student)
     pair = Pair(
-        student=student,
+        student=student if count() == 1 else _averaged(student, accelerator),
         teacher=teacher,
         read_student=read_student,
         read_teacher=read_teacher,
@@ -207,21 +210,23 @@ def make_optimizer(run: Run, student: PreTrainedModel) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=run.optim.lr, betas=run.optim.betas, eps=run.optim.eps, fused=True)
 
 
-def make_accelerator(run: Run) -> Accelerator:
-    """The device, precision and tracker of a run; seeds the global generators (dropout).
+def make_accelerator(run: Run, *, several: bool = False) -> Accelerator:
+    """The device, precision and tracker of a run, and the processes that share it; seeds the global generators
+    (dropout), every process's differently.
 
     Raises:
-        ConfigError: the device or its bfloat16 is not there, or the tracker is not installed.
+        ConfigError: the device or its bfloat16 is not there, or the tracker is not installed; this is one of several
+            processes, and the work is not for ``several``.
     """
     if run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch sees no CUDA device here; use device=auto or device=cpu")
     if run.device == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device=mps, but torch sees no Apple GPU here; use device=auto or device=cpu")
     processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
+    if processes != "1" and not several:
         raise ConfigError(
-            f"this was started as one of {processes} processes, and they would all train the same run apart from each "
-            "other; start it as one process"
+            f"this was started as one of {processes} processes, and only distillm train shares its work between them; "
+            "start it as one process"
         )
     if run.tracker != "none" and importlib.util.find_spec(run.tracker) is None:
         raise ConfigError(f"tracker={run.tracker}, but it is not installed: pip install {run.tracker}")
@@ -239,8 +244,21 @@ def make_accelerator(run: Run) -> Accelerator:
             raise
         said = f"train.mixed_precision={run.train.mixed_precision}, which this device does not have ({error})"
         raise ConfigError(f"{said}; use train.mixed_precision=none") from error
-    set_seed(run.seed)
+    set_seed(run.seed + rank())
     return accelerator
+
+
+def _averaged(student: PreTrainedModel, accelerator: Accelerator) -> DistributedDataParallel:
+    """The student for training: its gradients are averaged over the processes.
+
+    Not by ``prepare_model``, which would put autocast around generation and validation, too.
+    """
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else None
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    # Buffers are constants here, and processes do not run their models equally often.
+    options: dict[str, Any] = {buffers: False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(student, devices, **options)
 
 
 def _load(given: Any, accelerator: Accelerator, seed: int, tokenizer: Any = None) -> PreTrainedModel:

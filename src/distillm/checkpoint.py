@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import StorageError
+from .processes import by_first, rank, together
 from .sources import ReplayBuffer
 from .types import Example, State
 from .writing import flush
@@ -129,30 +130,42 @@ def written_aside(target: Path) -> Generator[Path]:
 def save_checkpoint(
     folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, state: State, buffer: ReplayBuffer, extra: Any
 ) -> Path:
-    """Write ``folder/step-N``. ``extra`` is JSON that the caller gets back from ``load_checkpoint``."""
-    target = folder / f"step-{state.step:08d}"
-    with written_aside(target) as scratch:
-        save_file(_student_tensors(student), scratch / "student.safetensors")
-        save_file(_moments(optimizer), scratch / "optimizer.safetensors")
-        save_file(_generators(), scratch / "generators.safetensors")
-        saved = {
-            "state": asdict(state),
-            "python_random": random.getstate(),
-            "numpy_random": _numpy_position(),
-            "buffer": [asdict(row) for row in buffer.rows],
-            "ahead": {step: [asdict(row) for row in rows] for step, rows in buffer.ahead.items()},
-            "threads": torch.get_num_threads(),
-            "extra": extra,
-        }
-        (scratch / "state.json").write_text(json.dumps(saved), encoding="utf-8")
-        (scratch / CHECKSUMS).write_text(json.dumps(_checksums(scratch)), encoding="utf-8")
+    """Write ``folder/step-N``. ``extra`` is JSON that the caller gets back from ``load_checkpoint``.
+
+    Of several processes the first one writes, with the generators of all; none goes on before it has.
+    """
+    target, everyone = folder / f"step-{state.step:08d}", together(_generators)
+    generators = {
+        f"{number}:{name}" if number else name: x for number, own in enumerate(everyone) for name, x in own.items()
+    }
+
+    def write() -> None:
+        with written_aside(target) as scratch:
+            save_file(_student_tensors(student), scratch / "student.safetensors")
+            save_file(_moments(optimizer), scratch / "optimizer.safetensors")
+            save_file(generators, scratch / "generators.safetensors")
+            saved = {
+                "state": asdict(state),
+                "python_random": random.getstate(),
+                "numpy_random": _numpy_position(),
+                "buffer": [asdict(row) for row in buffer.rows],
+                "ahead": {step: [asdict(row) for row in rows] for step, rows in buffer.ahead.items()},
+                "threads": torch.get_num_threads(),
+                "processes": len(everyone),
+                "extra": extra,
+            }
+            (scratch / "state.json").write_text(json.dumps(saved), encoding="utf-8")
+            (scratch / CHECKSUMS).write_text(json.dumps(_checksums(scratch)), encoding="utf-8")
+
+    by_first(write)
     return target
 
 
 def load_checkpoint(
     checkpoint: Path, student: nn.Module, optimizer: torch.optim.Optimizer, state: State, buffer: ReplayBuffer
 ) -> dict[str, Any]:
-    """Put everything back as it was when ``checkpoint`` was made; returns ``extra`` and the thread count.
+    """Put everything back as it was when ``checkpoint`` was made; returns ``extra``, and how many threads and processes
+    there were. A process that was not there keeps its own generators.
 
     Raises:
         StorageError: a file of the checkpoint is missing or damaged.
@@ -175,7 +188,7 @@ def load_checkpoint(
         version, internal, gauss = saved["python_random"]
         random.setstate((version, tuple(internal), gauss))
         _restore_generators(generators, saved["numpy_random"])
-        return {"extra": saved["extra"], "threads": saved["threads"]}
+        return {name: saved[name] for name in ("extra", "threads", "processes")}
 
 
 def load_student(student: nn.Module, checkpoint: Path) -> None:
@@ -249,7 +262,11 @@ def _numpy_position() -> dict[str, Any]:
     return {"pos": int(state["state"]["pos"]), "has_gauss": state["has_gauss"], "gauss": state["gauss"]}
 
 
-def _restore_generators(tensors: dict[str, Tensor], numpy_position: dict[str, Any]) -> None:
+def _restore_generators(everyone: dict[str, Tensor], numpy_position: dict[str, Any]) -> None:
+    prefix = f"{rank()}:" if rank() else ""
+    tensors = {name.removeprefix(prefix): value for name, value in everyone.items() if name.startswith(prefix)}
+    if "cpu" not in tensors:
+        return
     torch.set_rng_state(tensors["cpu"])
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):

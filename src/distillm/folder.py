@@ -7,11 +7,15 @@ from typing import Any
 
 from .checkpoint import DAMAGED, list_checkpoints, newest_whole, remove, sweep
 from .errors import ConfigError, StorageError
+from .processes import by_first, first_alone
 from .writing import write_text
 
 
 class RunFolder:
-    """A run's files. Lines are flushed as they are written; everything else is replaced in one stroke."""
+    """A run's files. Lines are flushed as they are written; everything else is replaced in one stroke.
+
+    Of several processes the first one alone writes and deletes; all may read.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -30,6 +34,10 @@ class RunFolder:
                 ``student`` in it that no run wrote.
             StorageError: the folder cannot be made; or there are checkpoints to resume from, and none of them is whole.
         """
+        found, self.damaged, self.condemned = by_first(lambda: self._open(resume=resume, overwrite=overwrite))
+        return found
+
+    def _open(self, *, resume: bool, overwrite: bool) -> tuple[Path | None, list[str], bool]:
         occupied = any((self.path / name).exists() for name in ("run.yaml", "metrics.jsonl"))
         occupied = occupied or bool(list_checkpoints(self.checkpoints))
         if self.student.exists() and not occupied:
@@ -43,17 +51,17 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for folder in (self.path, self.checkpoints):
                 sweep(folder)
-            self.condemned = occupied and not resume
             (self.path / "eval").mkdir(exist_ok=True)
             sweep(self.path / "eval")
-            found, self.damaged = newest_whole(self.checkpoints) if resume else (None, [])
+            found, damaged = newest_whole(self.checkpoints) if resume else (None, [])
         except OSError as error:
             raise StorageError(f"could not make the run folder {self.path}: {error}") from error
-        if self.damaged and found is None:
-            said = "\n".join(self.damaged)
+        if damaged and found is None:
+            said = "\n".join(damaged)
             raise StorageError(f"{said}\nNo whole checkpoint is left: the same command begins the run anew.")
-        return found
+        return found, damaged, occupied and not resume
 
+    @first_alone
     def clear(self) -> None:
         """Delete the run that is to be overwritten: only once the new one has been found fit to start."""
         if not self.condemned:
@@ -69,6 +77,7 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         (self.path / "eval").mkdir()
 
+    @first_alone
     def append(self, name: str, entry: dict[str, Any]) -> None:
         """Add one line to ``metrics.jsonl`` or ``samples.jsonl``."""
         try:
@@ -77,6 +86,7 @@ class RunFolder:
         except OSError as error:
             raise StorageError(f"could not write {self.path / name}: {error}. The checkpoints are whole.") from error
 
+    @first_alone
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps that a resumed run will make again, and a torn last line."""
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -89,16 +99,19 @@ class RunFolder:
                 ]
                 write_text(path, "".join(line + "\n" for line in kept))
 
+    @first_alone
     def retain(self, keep: int, best: int | None) -> None:
         """Delete all checkpoints but the ``keep`` newest and the best."""
         for checkpoint in list_checkpoints(self.checkpoints)[:-keep]:
             if best is None or checkpoint.name != f"step-{best:08d}":
                 remove(checkpoint)
 
+    @first_alone
     def write_eval(self, name: str, result: dict[str, Any]) -> None:
         """Write ``eval/NAME.json``."""
         write_text(self.path / "eval" / f"{name}.json", json.dumps(result, ensure_ascii=False, indent=1))
 
+    @first_alone
     def forget_eval(self, *, data: str = "", system: str = "") -> None:
         """Drop the scores on ``data``, or of ``system``, because they are about to change; all without either."""
         for path in (self.path / "eval").glob("*.json"):
@@ -108,8 +121,8 @@ class RunFolder:
                 path.unlink()
 
     def has_eval(self, name: str) -> bool:
-        """Whether ``eval/NAME.json`` is there already."""
-        return (self.path / "eval" / f"{name}.json").exists()
+        """Whether ``eval/NAME.json`` is there already, for all processes alike."""
+        return by_first(lambda: (self.path / "eval" / f"{name}.json").exists())
 
 
 def _step(line: str) -> float:

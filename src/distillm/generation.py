@@ -17,6 +17,7 @@ from .accounting import computed, part
 from .data.collate import lay_out_prompts
 from .errors import TrainingError, first_of
 from .heads import eval_mode
+from .processes import count, dealt, share, together
 from .types import Example, Layout, Origin, answer, asked_of
 
 BLOCK = 256
@@ -208,7 +209,7 @@ def generate(
     mixture: Mixture | None = None,
     keep_log_probs: bool = False,
 ) -> list[Example]:
-    """Answer each prompt with ``model``, in input order.
+    """Answer each prompt with ``model``, in input order. Several processes share the prompts, and all get all answers.
 
     A response ends with the end token that occurred; one cut by ``max_new_tokens`` has none. Prompts are batched by
     length, and rows that have ended leave their batch. An encoder-decoder never writes its padding. ``progress`` is
@@ -220,22 +221,28 @@ def generate(
         TrainingError: the model's logits are not finite.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(asked_of(prompts[i], origin)), reverse=True)
-    answers: dict[int, Example] = {}
     steps = [step] * len(prompts) if steps is None else steps
-    for at in range(0, len(order), batch_size):
-        rows = order[at : at + batch_size]
-        contexts = [asked_of(prompts[i], origin) for i in rows]
-        draws = np.stack([uniforms(seed, steps[i], prompts[i].id, sampling.max_new_tokens) for i in rows])
-        drawn = _respond(model, contexts, sampling, draws, layout, end_ids, num_tokens, mixture, keep_log_probs)
-        lengths = [(len(c), len(r)) for c, r in zip(contexts, drawn.responses, strict=True)]
-        for writer in (model, *([] if mixture is None else [mixture.model])):
-            computed(writer, tokens=lengths, logits=sum(written for _, written in lengths))
-        if any(drawn.bad):
-            raise _not_finite([prompts[i].id for i in rows], sum(drawn.bad))
-        for i, response, log_probs in zip(rows, drawn.responses, drawn.log_probs, strict=True):
-            answers[i] = answer(prompts[i], response, origin, step, log_probs)
-        if progress is not None:
-            progress(len(answers))
+    mine = share(order)
+
+    def written() -> list[Example]:
+        answers: list[Example] = []
+        for at in range(0, len(mine), batch_size):
+            rows = mine[at : at + batch_size]
+            contexts = [asked_of(prompts[i], origin) for i in rows]
+            draws = np.stack([uniforms(seed, steps[i], prompts[i].id, sampling.max_new_tokens) for i in rows])
+            drawn = _respond(model, contexts, sampling, draws, layout, end_ids, num_tokens, mixture, keep_log_probs)
+            lengths = [(len(c), len(r)) for c, r in zip(contexts, drawn.responses, strict=True)]
+            for writer in (model, *([] if mixture is None else [mixture.model])):
+                computed(writer, tokens=lengths, logits=sum(written for _, written in lengths))
+            if any(drawn.bad):
+                raise _not_finite([prompts[i].id for i in rows], sum(drawn.bad))
+            for i, response, log_probs in zip(rows, drawn.responses, drawn.log_probs, strict=True):
+                answers.append(answer(prompts[i], response, origin, step, log_probs))
+            if progress is not None:
+                progress(min(len(answers) * count(), len(prompts)))
+        return answers
+
+    answers = dict(zip(order, dealt(together(written)), strict=True))
     return [answers[i] for i in range(len(prompts))]
 
 

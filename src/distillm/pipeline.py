@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .accounting import account_for, kept_by, part, peak_bytes, peak_rate, settle, taken
-from .assembly import make_sampling
+from .assembly import make_accelerator, make_sampling
 from .assess import answers, assess
 from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of
 from .config import Run, as_yaml, changed, read_yaml
@@ -20,6 +21,7 @@ from .display import Display
 from .errors import Interrupted, StorageError, Terminated, TrainingError
 from .evaluation.run import decode, seeds_used
 from .folder import RunFolder
+from .processes import anyone, by_first, count, first_alone, writes
 from .project import Project, Stop, build, save_student, training, unless_stopped, validated
 from .provenance import provenance
 from .report import write_report
@@ -28,6 +30,8 @@ from .writing import write_text
 
 SAMPLED = "samples.jsonl"
 METRICS = "metrics.jsonl"
+SAME = 5.0
+"""Seconds within which signals are one wish: a launcher of processes passes on what they got from the terminal."""
 SYSTEMS = {"before": "the student before training", "student": "the student", "teacher": "the teacher"}
 
 
@@ -40,11 +44,12 @@ def distill(run: Run, display: Display | None = None, command: str | None = None
         DistillmError: a setting, a file or a model cannot be used, or training diverged; the message says what to do.
         Interrupted: the user asked to stop; everything done so far is saved.
     """
-    display = display or Display(quiet=True)
+    accelerator = make_accelerator(run, several=True)
+    display = display if display is not None and writes() else Display(quiet=True)
     folder = RunFolder(Path(run.output))
     checkpoint = folder.open(resume=run.resume == "auto", overwrite=run.overwrite)
     with _interruptible(display) as stop, kept_by(account_for(run.device)):
-        project = build(run, display, stop, folder)
+        project = build(run, display, stop, folder, accelerator)
         try:
             if checkpoint is not None:
                 _resume(project, checkpoint, command)
@@ -55,14 +60,17 @@ def distill(run: Run, display: Display | None = None, command: str | None = None
                 _train(project)
             _finish(project)
             _log_time(project)
-            report = write_report([folder.path], folder.path / "report.html")
-            display.note(f"student: {folder.student}\nreport:  {report}")
+            by_first(lambda: display.note(f"student: {folder.student}\nreport:  {_report(folder)}"))
         except TrainingError as error:
             _event(project, "failed", str(error), rows=error.rows)
             state = project.state
             where = f"In {folder.path}, after step {state.step} of {state.total_steps}: {_last_good(project)}."
             raise TrainingError(f"{error}\n{where}", error.rows) from error
     return folder.path
+
+
+def _report(folder: RunFolder) -> Path:
+    return write_report([folder.path], folder.path / "report.html")
 
 
 def _begin(project: Project, command: str | None) -> None:
@@ -74,6 +82,7 @@ def _begin(project: Project, command: str | None) -> None:
         _score_tests(project, project.models.student, "before")
 
 
+@first_alone
 def _describe(project: Project, command: str | None, resumed: bool = False) -> None:
     models = {"student": project.models.student, "teacher": project.models.teacher}
     device = project.accelerator.device
@@ -110,11 +119,11 @@ def _train(project: Project) -> None:
             due = step.step == total or step.step % project.every == 0
             if due:
                 _validation(project)
-            save = run.checkpoint.every
-            if step.step == total or (step.step % save == 0 if save else due) or project.stop.is_set():
+            save, stopping = run.checkpoint.every, anyone(project.stop.is_set())
+            if step.step == total or (step.step % save == 0 if save else due) or stopping:
                 _save(project)
                 _log_time(project)
-            if project.stop.is_set() and step.step < total:
+            if stopping and step.step < total:
                 _event(project, "interrupted", f"stopped by {signal.Signals(project.stop.by).name}")
                 raise project.stop.error(
                     f"stopped after step {step.step} of {total}; everything is saved. Go on with:\n"
@@ -262,10 +271,12 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
     project.display.note(f"resumed {said}")
     if differences:
         _describe(project, command, resumed=True)
-    if saved["threads"] != torch.get_num_threads():
-        said = f"the checkpoint was made with {saved['threads']} threads, now there are {torch.get_num_threads()}"
-        _event(project, "threads", f"{said}: results can differ in the last bits")
-        project.display.note(f"{said}: results can differ in the last bits")
+    for name, now in {"threads": torch.get_num_threads(), "processes": count()}.items():
+        if saved[name] != now:
+            said = f"the checkpoint was made with {saved[name]} {name}, now there are {now}"
+            said += ": results can differ in the last bits" + (", and dropout's draws" if name == "processes" else "")
+            _event(project, name, said)
+            project.display.note(said)
 
 
 def _changes(project: Project) -> list[str]:
@@ -302,7 +313,7 @@ def _finish(project: Project) -> None:
         _event(project, "worse", said)
         project.display.note(f"{said}: try a lower optim.lr, more steps, or optim.warmup_steps")
     with part("saving"):
-        save_student(project.run, models, folder.student)
+        by_first(lambda: save_student(project.run, models, folder.student))
     _score_tests(project, models.student, "student")
     if models.teacher is not None and "teacher" in project.run.evaluation.compare:
         _score_tests(project, models.teacher, "teacher")
@@ -347,13 +358,18 @@ def _interruptible(display: Display) -> Generator[Stop]:
         yield stop
         return
 
+    asked_at = 0.0
+
     def ask(by: int, _: FrameType | None) -> None:
-        stop.by = by
-        if stop.is_set():
+        nonlocal asked_at
+        stop.by, before, asked_at = by, asked_at, time.monotonic()
+        if stop.is_set() and (count() == 1 or asked_at - before > SAME):
             display.note("stopped at once; the newest checkpoint stands, if there is one yet")
             if by == signal.SIGTERM:
                 raise SystemExit(Terminated.exit_code)
             raise KeyboardInterrupt  # the command line ends with 130
+        if stop.is_set():
+            return
         stop.set()
         again = "press Ctrl-C again to stop" if by == signal.SIGINT else "a second SIGTERM stops"
         display.note(f"stopping after this step and saving; {again} at once")

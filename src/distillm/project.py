@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -30,6 +31,7 @@ from .generation import generate, truncated
 from .method_settings import Distillation
 from .methods import Method
 from .models import save_model
+from .processes import by_first
 from .rows import Rows, answered, end_of_response, load_rows, read_data
 from .sources import ReplayBuffer, steps_per_epoch
 from .teacher import Responses
@@ -78,7 +80,11 @@ class Project:
 
 
 def build(
-    run: Run, display: Display | None = None, stop: Stop | None = None, folder: RunFolder | None = None
+    run: Run,
+    display: Display | None = None,
+    stop: Stop | None = None,
+    folder: RunFolder | None = None,
+    accelerator: Accelerator | None = None,
 ) -> Project:
     """The objects of a run, ready for ``training_steps``; the teacher's responses are written if the run needs them."""
     display, stop, folder = (
@@ -87,7 +93,7 @@ def build(
         folder or RunFolder(Path(run.output)),
     )
     server = _server(run, display.note)
-    accelerator = assembly.make_accelerator(run)
+    accelerator = accelerator or assembly.make_accelerator(run)
     with part("data"):
         read = read_data(run)
     with part("loading"):
@@ -248,7 +254,8 @@ def _responses(
         with display.phase("teacher's responses", len(prompts)) as advance:
             progress = unless_stopped(stop, advance)
             if server is not None:
-                return server(prompts, sampling, seed=run.seed, progress=progress, keep=keep)
+                ask = partial(server, prompts, sampling, seed=run.seed, progress=progress, keep=keep)
+                return by_first(ask)
             assert models.teacher is not None
             return generate(
                 models.teacher,

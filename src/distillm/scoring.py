@@ -79,7 +79,7 @@ class Pair:
         target = batch.labels != IGNORE
         with part("student forward"):
             student = _one_dtype(self.read_student(self.student, batch)).narrow(self.num_tokens)
-        _account(self.student, examples)
+        _account(self.read_student.model, examples)
         return Scored(
             student=student,
             teacher=self.teacher_head(examples) if with_teacher else None,

@@ -5,11 +5,13 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .errors import DataError, StorageError
 from .generation import Sampling
+from .processes import first_alone, together, writes
 from .types import Example, answer, last_turn
 
 Write = Callable[[Sequence[Example], Callable[[list[Example]], None]], list[Example]]
@@ -21,7 +23,7 @@ class Responses:
 
     The first line says who wrote the file and how (``weights`` is ``models.fingerprint`` of the teacher); each other
     one is a prompt's digest, the response as text, and its tokens. Rows are added in portions, so that interrupted work
-    goes on where it stopped.
+    goes on where it stopped. Of several processes the first one alone writes the file.
 
     Raises:
         DataError: the file is of another teacher, or of other decoding settings.
@@ -49,7 +51,8 @@ class Responses:
         first = {_digest(p): p for p in reversed(prompts)}  # a prompt that comes twice is answered once
         missing = [first[d] for d in dict.fromkeys(map(_digest, prompts)) if d not in self.known]
         for at in range(0, len(missing), self.portion):
-            self._keep(self.write(missing[at : at + self.portion], self._keep))
+            written = self.write(missing[at : at + self.portion], self._keep)
+            together(partial(self._keep, written))
         return [answer(p, self.known[_digest(p)], "teacher") for p in prompts]
 
     def _keep(self, written: list[Example]) -> None:
@@ -82,13 +85,14 @@ class Responses:
                 f"{self.path} holds responses of {_shown(entries[0])}, not of {_shown(self.header)}; "
                 "delete it, or choose another file by data.responses_file"
             )
-        if found != whole:  # only now is it known to be ours
+        if found != whole and writes():  # only now is it known to be ours
             try:
                 os.truncate(self.path, len(whole))
             except OSError as error:
                 raise StorageError(f"could not write {self.path}: {error}") from error
         return known
 
+    @first_alone
     def _append(self, lines: list[dict[str, Any]]) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

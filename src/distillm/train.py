@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,10 @@ from .accounting import part
 from .errors import DataError, TrainingError, first_of
 from .heads import eval_mode
 from .kernels import linear_cross_entropy, linear_divergence
+from .losses import Term
 from .methods import Method
+from .processes import count as num_processes
+from .processes import share, together
 from .schedules import Schedule
 from .scoring import Pair
 from .sources import Draw
@@ -51,8 +55,9 @@ def training_steps(
 ) -> Iterator[Step]:
     """Train until ``state.step`` reaches ``state.total_steps``, yielding after each optimizer step.
 
-    The loss of a step is the same however its rows are split into micro-batches. The caller validates, saves or stops
-    between steps. A step whose rows hold no target token changes nothing and is marked ``skipped``.
+    The loss of a step is the same however its rows are split into micro-batches, and dealt out to processes. The caller
+    validates, saves or stops between steps. A step whose rows hold no target token changes nothing and is marked
+    ``skipped``.
 
     Raises:
         TrainingError: the loss or the gradient is not finite; the weights are still those of the step before.
@@ -64,32 +69,15 @@ def training_steps(
             drawn = method.source(state)
         active = [(term, term.weight(state), term.count(drawn.rows)) for term in method.loss]
         active = [(term, weight, count) for term, weight, count in active if weight != 0 and count > 0]
-        sums: dict[str, Tensor] = {}
-        watched: dict[str, tuple[Tensor, int]] = {}
-        for micro in micro_batches(drawn.rows, micro_batch_size, pair.device, packed=pair.packed):
-            here = [(term, weight / count) for term, weight, count in active if term.count(micro)]
-            if not here:
-                continue
-            with accelerator.autocast():
-                scored = pair.score(micro, state, with_teacher=any(term.reads_teacher for term, _ in here))
-                with part("loss"):
-                    totals = [(term, share, term.total(scored.only(term.origins))) for term, share in here]
-            with part("student backward"):
-                # Not accelerator.backward, which divides once more where the environment asks it to accumulate.
-                torch.stack([share * total for _, share, total in totals]).sum().backward()
-            for term, _, total in totals:
-                sums[term.name] = sums.get(term.name, 0) + total.detach()
-            for name, (total, count) in scored.figures.items():
-                before = watched.get(name, (0, 0))
-                watched[name] = before[0] + total, before[1] + count
+        sums, watched = _backward(pair, drawn.rows, active, state, accelerator, micro_batch_size)
         counts = {term.name: count for term, _, count in active}
-        terms = {name: float(sums[name]) / count for name, count in counts.items()}
+        terms = {name: sums[name] / count for name, count in counts.items()}
         rate = learning_rate(state)
         with part("optimizer"):
             norm = _update(pair, optimizer, rate, max_grad_norm, accelerator, terms, drawn, state) if active else 0.0
-        figures = drawn.figures | {name: float(total) / max(count, 1) for name, (total, count) in watched.items()}
+        figures = drawn.figures | {name: total / max(count, 1) for name, (total, count) in watched.items()}
         for name, (total, count) in watched.items():
-            state.observe(name, float(total), count)
+            state.observe(name, total, count)
         state.step += 1
         yield Step(
             step=state.step,
@@ -105,6 +93,58 @@ def training_steps(
             rows=tuple(drawn.rows),
             skipped=not active,
         )
+
+
+Active = Sequence[tuple[Term, float, int]]
+"""The terms of a step with their weights and what they are divided by."""
+
+
+def _backward(
+    pair: Pair, rows: Sequence[Example], active: Active, state: State, accelerator: Accelerator, size: int
+) -> tuple[dict[str, float], dict[str, tuple[float, int]]]:
+    """Add the gradient of a step's loss; the sums of its terms, and those of the figures that they watch.
+
+    Each process takes a share of the rows; gradients are averaged over processes as the last micro-batch goes back.
+    """
+    mine = share(sorted(rows, key=lambda row: len(row.tokens), reverse=True))
+    parts = micro_batches(mine, size, pair.device, packed=pair.packed)
+    parts = [micro for micro in parts if any(term.count(micro) for term, _, _ in active)]
+    idle = not parts and num_processes() > 1 and bool(active)
+    if idle:  # it has to take part in the average all the same
+        parts = [[next(row for row in rows if any(term.count([row]) for term, _, _ in active))]]
+    sums: list[dict[str, Tensor]] = []
+    watched: list[dict[str, tuple[Tensor, int]]] = []
+    for micro in parts:
+        scale = 0.0 if idle else float(num_processes())
+        here = [(term, scale * weight / count) for term, weight, count in active if term.count(micro)]
+        with nullcontext() if micro is parts[-1] else accelerator.no_sync(pair.student):
+            with accelerator.autocast():
+                scored = pair.score(micro, state, with_teacher=any(term.reads_teacher for term, _ in here))
+                with part("loss"):
+                    totals = [(term, weight, term.total(scored.only(term.origins))) for term, weight in here]
+            with part("student backward"):
+                # Not accelerator.backward, which divides once more where the environment asks it to accumulate.
+                torch.stack([weight * total for _, weight, total in totals]).sum().backward()
+        if not idle:
+            sums.append({term.name: total.detach() for term, _, total in totals})
+            watched.append(scored.figures)
+    own = _added([{name: (total, 0) for name, total in each.items()} for each in sums]), _added(watched)
+    told = together(lambda: [{name: (float(x), n) for name, (x, n) in each.items()} for each in own])
+    terms, figures = (_added([each[kind] for each in told]) for kind in (0, 1))
+    return {name: total for name, (total, _) in terms.items()}, figures
+
+
+N = TypeVar("N", float, Tensor)
+
+
+def _added(each: Sequence[dict[str, tuple[N, int]]]) -> dict[str, tuple[N, int]]:
+    """Sums and counts by name."""
+    found: dict[str, tuple[Any, int]] = {}
+    for totals in each:
+        for name, (total, count) in totals.items():
+            before = found.get(name, (0, 0))
+            found[name] = before[0] + total, before[1] + count
+    return found
 
 
 def _update(
@@ -181,13 +221,15 @@ def validate(
 ) -> dict[str, float]:
     """Mean cross-entropy and, with a teacher, mean ``divergence`` to it, per target token of ``examples`` (nats).
 
+    Several processes share the examples.
+
     Raises:
         DataError: no row has a target token.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     count = 0
     with torch.no_grad(), eval_mode(pair.student):
-        for rows in micro_batches(examples, batch_size, pair.device, packed=pair.packed):
+        for rows in micro_batches(share(examples), batch_size, pair.device, packed=pair.packed):
             scored = pair.score(rows, state, with_teacher=pair.teacher is not None)
             ones = torch.ones(len(scored.labels), device=scored.labels.device)
             sums[0] += linear_cross_entropy(scored.student, scored.labels, ones).cpu()
@@ -196,6 +238,8 @@ def validate(
                     divergence, scored.teacher, scored.student, ones, **cast(dict[str, Any], parameters)
                 ).cpu()
             count += len(scored.labels)
+    told = together(lambda: (sums, count))
+    sums, count = torch.stack([total for total, _ in told]).sum(0), sum(n for _, n in told)
     if not count:
         raise DataError("there is nothing to validate on: no row has a response; give validation rows that have one")
     means = (sums / count).tolist()

@@ -73,7 +73,8 @@ def main() -> None:
     try:
         app()
     except DistillmError as error:
-        typer.echo(f"error: {error}", err=True)
+        number = os.environ.get("RANK", "0")  # what several processes have in common is said by the first
+        typer.echo(f"error: {error}" if number == "0" else f"process {number}: {error}".splitlines()[0], err=True)
         sys.exit(error.exit_code)
     except Exception as error:
         if "OutOfMemoryError" not in type(error).__name__:

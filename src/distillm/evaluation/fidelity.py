@@ -10,6 +10,7 @@ from ..divergences import DIVERGENCES
 from ..errors import DataError
 from ..heads import eval_mode
 from ..kernels import logits
+from ..processes import share, together
 from ..scoring import Pair
 from ..train import micro_batches
 from ..types import Example, Head, State
@@ -28,7 +29,7 @@ def fidelity(
     likeliest token, in 15 bins of equal width, ``100 sum_b n_b / N |share of q's tokens that are right - mean q|``
     (Naeini et al. 2015; Guo et al. 2017). With a teacher in ``pair``: ``divergence``, the mean of the divergence of
     that name in nats, with its default parameters; ``agreement``: 100 times the share of tokens where both models'
-    likeliest token is the same (of equally likely ones the first).
+    likeliest token is the same (of equally likely ones the first). Several processes share the examples.
 
     Raises:
         DataError: no row has a target token.
@@ -36,7 +37,7 @@ def fidelity(
     count, sums = 0, dict.fromkeys(("cross_entropy", "divergence", "agreement"), 0.0)
     bins = torch.zeros(3, NUM_BINS, dtype=torch.float64)  # tokens, sum of probabilities, right ones
     with torch.no_grad(), eval_mode(pair.student):
-        for part in micro_batches([e for e in examples if any(e.targets)], batch_size, pair.device):
+        for part in micro_batches([e for e in share(examples) if any(e.targets)], batch_size, pair.device):
             scored = pair.score(part, State(), with_teacher=pair.teacher is not None)
             count += len(scored.labels)
             for rows in _blocks(scored.student):
@@ -48,6 +49,10 @@ def fidelity(
                     p = _log_probs(scored.teacher, rows)
                     sums["divergence"] += _sum(DIVERGENCES[divergence](p, q))
                     sums["agreement"] += 100 * _sum(p.argmax(-1) == likeliest)
+    told = together(lambda: (count, sums, bins))
+    count = sum(each[0] for each in told)
+    sums = {name: sum(each[1][name] for each in told) for name in sums}
+    bins = torch.stack([each[2] for each in told]).sum(0)
     if not count:
         raise DataError("there is nothing to read: no row has a reference")
     means = {name: total / count for name, total in sums.items()}
