@@ -22,7 +22,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # docs/architecture.md has the same table; a folder stands for all its files.
 LEVELS = {
     0: ["types.py", "errors.py"],
-    1: ["divergences.py", "schedules.py", "explain.py", "tasks/", "known/", "writing.py", "accounting.py", "client.py"],
+    1: [
+        "divergences.py",
+        "schedules.py",
+        "explain.py",
+        "tasks/",
+        "known/",
+        "writing.py",
+        "accounting.py",
+        "client.py",
+        "processes.py",
+    ],
     2: [
         "kernels/",
         "data/",

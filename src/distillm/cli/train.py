@@ -26,6 +26,9 @@ def train(
     distillm train run.yaml method.name=gkd     another method on the same data: sft, seqkd, kd, imitkd, gkd,
                                                 minillm, distillm or distillm2
 
+    \b
+    torchrun --nproc-per-node 4 -m distillm train run.yaml      on four devices; or accelerate launch -m distillm ...
+
     Every setting, its default and meaning: `distillm schema`. A file to start from: `distillm recipes show NAME`.
     """
     run = load_run(source, overrides or [])
@@ -33,11 +36,12 @@ def train(
         run = run.model_copy(update={"output": source})
     from ..display import Display
     from ..pipeline import distill
+    from ..processes import writes
     from ..report import compare_table
 
     display = Display()
     folder = distill(run, display, "distillm " + " ".join(sys.argv[1:]))
-    if list((folder / "eval").glob("*.json")):
+    if writes() and list((folder / "eval").glob("*.json")):
         show_comparison(compare_table([folder]))
 
 

@@ -1,0 +1,168 @@
+"""Two processes that share a run make the run of one: started by torchrun, over gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import several
+from distillm.checkpoint import list_checkpoints
+from distillm.config import load_run, make_run
+from distillm.pipeline import distill
+from tiny_run import Heard, events, figures, lines, materials, same_weights, scores, settings, weights
+
+METHODS: dict[str, dict[str, Any]] = {
+    "sft": {"name": "sft"},
+    "kd": {"name": "kd", "kd_weight": 0.5},
+    "gkd": {"name": "gkd"},
+    "distillm": {"name": "distillm", "initial_probability": 0.7, "capacity": 6, "replay_ratio": "constant"},
+    "distillm2": {"name": "distillm2"},
+    "minillm": {"name": "minillm"},
+    "staleness": {"name": "distillm", "initial_probability": 0.7, "capacity": 6, "max_staleness": 3},
+}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+
+
+def launch(*command: object) -> subprocess.CompletedProcess[str]:
+    """Two processes of ``command``, which find each other on a port that is free."""
+    free = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    told = [*TORCHRUN[:-2], *free, *map(str, command)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(told, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def run_together(folder: Path, wanted: Sequence[dict[str, Any]]) -> str:
+    """Make every run of ``wanted`` by two processes; what they said on standard error."""
+    paths: list[Path] = []
+    for number, each in enumerate(wanted):
+        paths.append(folder / f"wanted-{number}.json")
+        paths[-1].write_text(json.dumps(each), encoding="utf-8")
+    told = launch(several.__file__, *paths)
+    assert told.returncode == 0, told.stderr
+    return told.stderr
+
+
+def changes_of(name: str) -> dict[str, Any]:
+    # Rows of one process are no multiple of two, so that one has less than the other, or nothing at all.
+    return {"method": METHODS[name], "student.dropout": 0.0, "train.batch_size": 3, "train.micro_batch_size": 1}
+
+
+@pytest.fixture(name="made", scope="module")
+def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return materials(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(name="both", scope="module")
+def _both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """For every method the run of one process and that of two."""
+    folder = tmp_path_factory.mktemp("runs")
+    run_together(folder, [settings(made, folder / "two" / name, changes_of(name)) for name in METHODS])
+    return {
+        name: (distill(make_run(settings(made, folder / "one" / name, changes_of(name)))), folder / "two" / name)
+        for name in METHODS
+    }
+
+
+def numbers(entry: Any) -> Any:
+    """The numbers of a line of a log, in one flat list, and everything else as it is."""
+    if isinstance(entry, dict):
+        return [number for name in sorted(entry) for number in numbers(entry[name])]
+    return [entry]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_make_the_run_of_one(both: dict[str, tuple[Path, Path]], name: str) -> None:
+    one, two = both[name]
+    mine, theirs = figures(one), figures(two)
+    assert len(mine) == len(theirs) > 8
+    for left, right in zip(mine, theirs, strict=True):
+        assert left.keys() == right.keys()
+        # Sums are made in another order: float32 rounds them in the seventh place, and training carries that on.
+        assert numbers(right) == pytest.approx(numbers(left), rel=2e-4, abs=2e-6, nan_ok=True), left
+    expected, found = weights(one), weights(two)
+    assert expected.keys() == found.keys()
+    for weight, tensor in expected.items():
+        torch.testing.assert_close(found[weight], tensor, rtol=1e-3, atol=1e-4)
+    assert lines(two / "samples.jsonl") == lines(one / "samples.jsonl")
+    for file, result in scores(one).items():
+        again = scores(two)[file]
+        assert [row["predictions"] for row in again["predictions"]] == [
+            row["predictions"] for row in result["predictions"]
+        ]
+        assert numbers(again["scores"]) == pytest.approx(numbers(result["scores"]), rel=2e-4, abs=1e-3)
+    assert (two / "report.html").is_file()
+
+
+def test_every_row_is_validated_and_scored_once(both: dict[str, tuple[Path, Path]]) -> None:
+    _, two = both["kd"]
+    scored = json.loads((two / "eval" / "numbers-student.json").read_text(encoding="utf-8"))
+    assert [row["id"] for row in scored["predictions"]] == ["test:0", "test:1", "test:2"]
+    assert [entry["step"] for entry in lines(two / "metrics.jsonl", "step")] == list(range(1, 9))
+
+
+def test_what_two_processes_leave_goes_on_as_two_or_as_one(made: Path, tmp_path: Path) -> None:
+    # With dropout: each process draws from a generator of its own, which checkpoints keep.
+    def wanted(name: str, steps: int, **more: Any) -> dict[str, Any]:
+        changes = {"method": METHODS["distillm"], "train.steps": steps, "optim.schedule": "constant", **more}
+        return settings(made, tmp_path / name, changes)
+
+    again = {"resume": "auto"}
+    run_together(
+        tmp_path,
+        [wanted("whole", 8), wanted("parts", 4), wanted("parts", 8, **again), wanted("alone", 4)],
+    )
+    assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
+    assert same_weights(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    display = Heard()
+    distill(load_run(str(tmp_path / "alone"), ["resume=auto", "train.steps=8"]), display)
+    assert any("made with 2 processes, now there are 1" in text and "dropout" in text for text in display.said)
+    assert len(events(tmp_path / "alone", "processes")) == 1
+    assert [entry["step"] for entry in lines(tmp_path / "alone" / "metrics.jsonl", "step")] == list(range(1, 9))
+
+
+def test_a_fault_in_one_process_ends_both(made: Path, tmp_path: Path) -> None:
+    taken = settings(made, tmp_path / "taken")
+    distill(make_run(taken | {"train": {"steps": 1}, "evaluation": {"compare": []}}))
+    exploding = settings(made, tmp_path / "exploding", {"optim.lr": 1e30, "optim.warmup_steps": 0})
+    said = run_together(tmp_path, [taken, exploding])
+    for number in (0, 1):
+        assert f"ConfigError in {number}: {tmp_path / 'taken'} already holds a run" in said
+        assert f"TrainingError in {number}: step " in said
+
+
+def test_the_command_says_everything_once_and_saves_when_it_is_stopped(made: Path, tmp_path: Path) -> None:
+    wanted = settings(made, tmp_path / "run", {"train.steps": 100_000, "validation.every": 50_000})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(wanted), encoding="utf-8")
+    free = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    command = [*TORCHRUN[:-2], *free, "-m", "distillm", "train", str(tmp_path / "run.yaml")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        told = ""
+        while "validation after step 0" not in told:
+            line = run.stdout.readline()
+            assert line, told
+            told += line
+        run.send_signal(signal.SIGTERM)  # as a scheduler does; torchrun passes it on
+        rest, errors = run.communicate(timeout=120)
+    assert (told + rest).count("loading the teacher") == 1
+    assert errors.count("everything is saved. Go on with:") == 1, errors
+    (kept,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [entry["message"] for entry in events(tmp_path / "run", "interrupted")] == ["stopped by SIGTERM"]
+    assert kept.is_dir()
+
+
+def test_other_commands_do_not_share_their_work(made: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(yaml.safe_dump(settings(made, tmp_path / "run")), encoding="utf-8")
+    told = launch("-m", "distillm", "cache", "warm", run)
+    assert told.returncode != 0
+    assert "only distillm train shares its work between them" in told.stderr
