@@ -101,7 +101,7 @@ def test_a_checkpoint_brings_back_weights_moments_state_buffer_and_extra(tmp_pat
     assert state == state_of()
     assert list(buffer.rows) == ROWS
     assert buffer.rows.maxlen == 5
-    assert back == {"extra": extra, "threads": torch.get_num_threads()}
+    assert back == {"extra": extra, "threads": torch.get_num_threads(), "processes": 1}
 
 
 def test_training_goes_on_from_a_checkpoint_as_it_would_have_gone_on_without(tmp_path: Path):

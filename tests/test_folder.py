@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distillm.checkpoint import list_checkpoints, step_of
+from distillm.checkpoint import CHECKSUMS, list_checkpoints, step_of
 from distillm.errors import ConfigError, StorageError
 from distillm.folder import RunFolder
 
@@ -18,6 +18,7 @@ def a_run(path: Path) -> RunFolder:
     folder.open(resume=False, overwrite=False)
     for step in (4, 8):
         (folder.checkpoints / f"step-{step:08d}").mkdir()
+        (folder.checkpoints / f"step-{step:08d}" / CHECKSUMS).write_text("{}")
     folder.student.mkdir()
     (path / "distillm").mkdir()  # a tracker's
     for name in ("run.yaml", "samples.jsonl", "responses.jsonl", "report.html", "notes.txt"):

@@ -18,6 +18,7 @@ from distillm import cli
 from distillm.checkpoint import list_checkpoints, step_of
 from distillm.errors import ConfigError, DataError, ModelError, StorageError, TrainingError
 from distillm.pipeline import distill
+from distillm.project import build
 from tiny import save, tiny_causal, tiny_tokenizer
 from tiny_run import (
     Heard,
@@ -291,9 +292,11 @@ def test_a_spawned_process_makes_the_same_steps(made: Path, tmp_path: Path, spaw
     assert spawned.result(timeout=300) == first_losses(settings(made, tmp_path / "here"))
 
 
-def test_several_processes_are_refused_until_they_train_together(
+def test_processes_that_share_nothing_or_cannot_meet_are_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one of 2 processes"):
+    with pytest.raises(ConfigError, match="one of 2 processes, and only distillm train shares"):
+        build(tiny_run(made, tmp_path / "run"))
+    with pytest.raises(ConfigError, match="one of 2 processes, and MASTER_ADDR does not say where they meet"):
         distill(tiny_run(made, tmp_path / "run"))

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -177,3 +178,27 @@ def test_other_commands_do_not_share_their_work(made: Path, tmp_path: Path) -> N
     told = launch("-m", "distillm", "cache", "warm", run)
     assert told.returncode != 0
     assert "only distillm train shares its work between them" in told.stderr
+
+
+def test_two_machines_are_two_launchers_with_numbers(made: Path, both: dict[str, tuple[Path, Path]], tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    wanted = tmp_path / "run.yaml"
+    wanted.write_text(yaml.safe_dump(settings(made, tmp_path / "run", changes_of("distillm"))), encoding="utf-8")
+    ends = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    launchers = [
+        subprocess.Popen(
+            [*TORCHRUN[:3], *ends, "--node-rank", str(number), "-m", "distillm", "train", str(wanted)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in (0, 1)
+    ]
+    said = [launcher.communicate(timeout=120)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], said
+    _, two = both["distillm"]
+    assert figures(tmp_path / "run") == figures(two)
+    assert same_weights(weights(tmp_path / "run"), weights(two))

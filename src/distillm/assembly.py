@@ -228,6 +228,11 @@ def make_accelerator(run: Run, *, several: bool = False) -> Accelerator:
             f"this was started as one of {processes} processes, and only distillm train shares its work between them; "
             "start it as one process"
         )
+    if processes != "1" and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE says that this is one of {processes} processes, and MASTER_ADDR does not say where they meet: "
+            "start them by torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
     if run.tracker != "none" and importlib.util.find_spec(run.tracker) is None:
         raise ConfigError(f"tracker={run.tracker}, but it is not installed: pip install {run.tracker}")
     AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]

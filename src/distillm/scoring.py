@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .accounting import computed, part
 from .data import collate
@@ -79,7 +80,7 @@ class Pair:
         target = batch.labels != IGNORE
         with part("student forward"):
             student = _one_dtype(self.read_student(self.student, batch)).narrow(self.num_tokens)
-        _account(self.read_student.model, examples)
+        _account(self.student, examples)
         return Scored(
             student=student,
             teacher=self.teacher_head(examples) if with_teacher else None,
@@ -115,6 +116,7 @@ class Pair:
 
 
 def _account(model: nn.Module, rows: Sequence[Example]) -> None:
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     lengths = [(row.start, len(row.tokens) - row.start) for row in rows]
     computed(model, tokens=lengths, logits=sum(sum(row.targets) for row in rows), trained=torch.is_grad_enabled())
 
