@@ -30,15 +30,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "minillm": {"name": "minillm"},
     "staleness": {"name": "distillm", "initial_probability": 0.7, "capacity": 6, "max_staleness": 3},
 }
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TWO = [*TORCHRUN, "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+"""Two processes, which find each other on a port that is free."""
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def launch(*command: object) -> subprocess.CompletedProcess[str]:
-    """Two processes of ``command``, which find each other on a port that is free."""
-    free = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    told = [*TORCHRUN[:-2], *free, *map(str, command)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(told, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    """Two processes of ``command``."""
+    told = [*TWO, *map(str, command)]
+    return subprocess.run(told, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
 
 
 def run_together(folder: Path, wanted: Sequence[dict[str, Any]]) -> str:
@@ -153,10 +154,8 @@ def test_a_fault_in_one_process_ends_both(made: Path, tmp_path: Path) -> None:
 def test_the_command_says_everything_once_and_saves_when_it_is_stopped(made: Path, tmp_path: Path) -> None:
     wanted = settings(made, tmp_path / "run", {"train.steps": 3000, "validation.every": 3000})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(wanted), encoding="utf-8")
-    free = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command = [*TORCHRUN[:-2], *free, "-m", "distillm", "train", str(tmp_path / "run.yaml")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    command = [*TWO, "-m", "distillm", "train", str(tmp_path / "run.yaml")]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None
         log = tmp_path / "run" / "metrics.jsonl"
         while not (log.exists() and len(lines(log, "step")) > 2):
@@ -189,8 +188,8 @@ def test_two_machines_are_two_launchers_with_numbers(made: Path, both: dict[str,
     ends = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
     launchers = [
         subprocess.Popen(
-            [*TORCHRUN[:3], *ends, "--node-rank", str(number), "-m", "distillm", "train", str(wanted)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            [*TORCHRUN, *ends, "--node-rank", str(number), "-m", "distillm", "train", str(wanted)],
+            env=ENVIRONMENT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -175,7 +175,7 @@ def load_checkpoint(
         saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         moments = load_file(checkpoint / "optimizer.safetensors")
         generators = load_file(checkpoint / "generators.safetensors")
-        load_student(student, checkpoint)
+        _load_student(student, checkpoint)
         _restore_moments(optimizer, moments)
         for name in ("step", "total_steps", "validation", "observed"):
             setattr(state, name, saved["state"][name])
@@ -198,6 +198,10 @@ def load_student(student: nn.Module, checkpoint: Path) -> None:
         StorageError: they are missing or damaged, or of another model.
     """
     check(checkpoint)
+    _load_student(student, checkpoint)
+
+
+def _load_student(student: nn.Module, checkpoint: Path) -> None:
     with _whole(checkpoint):
         tensors = load_file(checkpoint / "student.safetensors")
     wanted = {name: tuple(tensor.shape) for name, tensor in _student_tensors(student).items()}
