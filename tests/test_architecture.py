@@ -32,11 +32,13 @@ LEVELS = {
         "accounting.py",
         "client.py",
         "processes.py",
+        "sharding.py",
     ],
     2: [
         "kernels/",
         "data/",
         "models.py",
+        "shrinking.py",
         "heads.py",
         "vocabulary.py",
         "generation.py",

@@ -21,8 +21,8 @@ from distillm.models import (
     load_model,
     load_tokenizer,
     num_parameters,
-    shrink,
 )
+from distillm.shrinking import shrink
 from tiny import save, tiny_causal, tiny_config, tiny_seq2seq, tiny_tokenizer
 
 CAUSAL = ["llama", "qwen2", "gemma2", "cohere", "granite", "gpt2", "opt", "gpt_neox"]

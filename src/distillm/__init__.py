@@ -40,13 +40,13 @@ if TYPE_CHECKING:
     from .models import layout_of as layout_of
     from .models import load_model as load_model
     from .models import load_tokenizer as load_tokenizer
-    from .models import shrink as shrink
     from .pipeline import distill as distill
     from .project import build as build
     from .project import steps as steps
     from .report import write_report as write_report
     from .scoring import Pair as Pair
     from .scoring import Scored as Scored
+    from .shrinking import shrink as shrink
     from .sources import ReplayBuffer as ReplayBuffer
     from .train import Step as Step
     from .train import training_steps as training_steps
@@ -80,11 +80,12 @@ _HOMES = {
     "generation": ["Sampling", "generate"],
     "kernels": ["linear_cross_entropy", "linear_divergence"],
     "methods": ["Context", "Method", "distillm", "kd", "sft"],
-    "models": ["head_of", "layout_of", "load_model", "load_tokenizer", "shrink"],
+    "models": ["head_of", "layout_of", "load_model", "load_tokenizer"],
     "pipeline": ["distill"],
     "project": ["build", "steps"],
     "report": ["write_report"],
     "scoring": ["Pair", "Scored"],
+    "shrinking": ["shrink"],
     "sources": ["ReplayBuffer"],
     "train": ["Step", "training_steps", "validate"],
     "types": ["Batch", "Example", "Head", "Layout", "State"],

@@ -27,9 +27,11 @@ from .generation import Mixture, Sampling, generate
 from .heads import HeadReader, packing
 from .method_settings import Distillation, Distillm2, MiniLlm
 from .methods import Context, Method
-from .models import fingerprint, freeze, head_of, layout_of, load_model, load_tokenizer, shrink
+from .models import fingerprint, freeze, head_of, layout_of, load_model, load_tokenizer
 from .processes import count, rank
 from .scoring import Pair
+from .sharding import can_shard, shard
+from .shrinking import shrink
 from .sources import ReplayBuffer
 from .train import parameter_groups
 from .types import Example, State
@@ -115,7 +117,7 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
     if run.train.compile:
         _compile_layers(student)
     pair = Pair(
-        student=student if count() == 1 else _averaged(student, accelerator),
+        student=_together(run, student, accelerator, note),
         teacher=teacher,
         read_student=read_student,
         read_teacher=read_teacher,
@@ -253,11 +255,17 @@ def make_accelerator(run: Run, *, several: bool = False) -> Accelerator:
     return accelerator
 
 
-def _averaged(student: PreTrainedModel, accelerator: Accelerator) -> DistributedDataParallel:
-    """The student for training: its gradients are averaged over the processes.
+def _together(run: Run, student: PreTrainedModel, accelerator: Accelerator, note: Note) -> torch.nn.Module:
+    """The student for training by all processes: its gradients are averaged, or its weights spread.
 
     Not by ``prepare_model``, which would put autocast around generation and validation, too.
     """
+    if run.train.shard:
+        if can_shard():
+            return shard(student, accelerator.device, offload=run.train.cpu_offload)
+        note("train.shard: there is one process, started without a launcher, and nothing to spread weights over")
+    if count() == 1:
+        return student
     devices = [accelerator.device] if accelerator.device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .errors import StorageError
 from .processes import by_first, rank, together
+from .sharding import gathered, like
 from .sources import ReplayBuffer
 from .types import Example, State
 from .writing import flush
@@ -139,10 +140,12 @@ def save_checkpoint(
         f"{number}:{name}" if number else name: x for number, own in enumerate(everyone) for name, x in own.items()
     }
 
+    weights, moments = gathered(student_tensors(student)), gathered(_moments(optimizer))
+
     def write() -> None:
         with written_aside(target) as scratch:
-            save_file(_student_tensors(student), scratch / "student.safetensors")
-            save_file(_moments(optimizer), scratch / "optimizer.safetensors")
+            save_file(weights, scratch / "student.safetensors")
+            save_file(moments, scratch / "optimizer.safetensors")
             save_file(generators, scratch / "generators.safetensors")
             saved = {
                 "state": asdict(state),
@@ -204,7 +207,8 @@ def load_student(student: nn.Module, checkpoint: Path) -> None:
 def _load_student(student: nn.Module, checkpoint: Path) -> None:
     with _whole(checkpoint):
         tensors = load_file(checkpoint / "student.safetensors")
-    wanted = {name: tuple(tensor.shape) for name, tensor in _student_tensors(student).items()}
+    own = student_tensors(student)
+    wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != found:
         odd = min(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
@@ -212,7 +216,7 @@ def _load_student(student: nn.Module, checkpoint: Path) -> None:
             f"{checkpoint} is of another model: {odd} has the shape {found.get(odd, 'of nothing')} there and "
             f"{wanted.get(odd, 'of nothing')} here. Give the student it was made with, or choose another output"
         )
-    student.load_state_dict(tensors, strict=False)
+    student.load_state_dict({name: like(tensor, own[name]) for name, tensor in tensors.items()}, strict=False)
 
 
 @contextmanager
@@ -223,17 +227,18 @@ def _whole(checkpoint: Path) -> Generator[None]:
         raise StorageError(f"{checkpoint} is damaged ({type(error).__name__}: {error}).") from error
 
 
-def _student_tensors(student: nn.Module) -> dict[str, Tensor]:
+def student_tensors(student: nn.Module) -> dict[str, Tensor]:
+    """What is saved of ``student`` by name, each tensor once; of several processes each has its part."""
     # Of a model with an adapter only what is trained: the rest is where it came from.
     trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     whole = all(parameter.requires_grad for parameter in student.parameters())
     # Tied weights are one tensor under two names, which safetensors refuses: the first name keeps it.
-    seen: dict[int, str] = {}
+    names = [{name for name, _ in student.named_parameters(remove_duplicate=once)} for once in (True, False)]
+    tied = names[1] - names[0]
     return {
         name: tensor.detach().contiguous()
         for name, tensor in student.state_dict().items()
-        if (whole or name in trained)
-        and seen.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name) == name
+        if (whole or name in trained) and name not in tied
     }
 
 
@@ -243,10 +248,12 @@ def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _restore_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split("/", 1)
-        entries.setdefault(int(index), {})[key] = value
+        own = parameters[int(index)]
+        entries.setdefault(int(index), {})[key] = like(value, own) if value.shape == own.shape else value
     # The groups stay those of the settings, so that a changed weight decay is in force after a resume.
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 

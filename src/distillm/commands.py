@@ -16,10 +16,10 @@ from .errors import ConfigError, DataError
 from .evaluation import Result
 from .evaluation.run import seeds_used
 from .models import load_model, load_tokenizer, num_parameters, save_model
-from .models import shrink as shrunk
 from .project import build
 from .report.text import parameter_count
 from .rows import check_room, end_of_response, placed, read_source, task_of, tokenised
+from .shrinking import shrink as shrunk
 from .tasks import CHAT
 from .train import micro_batches
 from .vocabulary import train_tokenizer

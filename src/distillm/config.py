@@ -206,11 +206,18 @@ class Train(Section):
     C++ compiler on a CPU; whether it pays depends on model and machine (docs/performance.md)."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
+    shard: bool = False
+    """Spread the student's weights, gradients and optimizer over the processes (FSDP2) instead of replicating them; see
+    docs/processes.md. Generation, validation and scoring gather the weights for their time."""
+    cpu_offload: bool = False
+    """With `shard`: keep them in the memory of the CPU, where the optimizer works too; slower, for the last resort."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give epochs or steps, not both")
+        if self.cpu_offload and not self.shard:
+            raise ValueError("cpu_offload goes with shard")
         return self
 
 
@@ -345,6 +352,8 @@ class Run(Section):
                 f"method.teacher_mix draws from student and teacher at the same prompt, and data.{reads_more[0]} "
                 "gives the teacher another; set method.teacher_mix=0"
             )
+        if self.train.shard and self.student.lora is not None:
+            raise ValueError("train.shard spreads the weights that are trained, and an adapter's are few; leave it out")
         if own and (self.student.lora is None or self.student.layers is not None):
             raise ValueError("teacher.adapter_off needs student.lora, and a student of its own (path or config)")
         if needs and not own and (self.teacher is None or self.teacher.path is None):

@@ -18,6 +18,7 @@ from .data.collate import lay_out_prompts
 from .errors import TrainingError, first_of
 from .heads import eval_mode
 from .processes import count, dealt, share, together
+from .sharding import whole
 from .types import Example, Layout, Origin, answer, asked_of
 
 BLOCK = 256
@@ -242,7 +243,8 @@ def generate(
                 progress(min(len(answers) * count(), len(prompts)))
         return answers
 
-    answers = dict(zip(order, dealt(together(written)), strict=True))
+    with whole(model, *([] if mixture is None else [mixture.model])):
+        answers = dict(zip(order, dealt(together(written)), strict=True))
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -317,6 +319,7 @@ def _written(
             generation_config=settings,
             logits_processor=LogitsProcessorList([*mixed, choose]),
             stopping_criteria=StoppingCriteriaList(halving),
+            synced_gpus=False,  # a model whose weights are spread is whole here
         )
         done = choose.ended(out.sequences) | (out.sequences.shape[1] >= longest)
         for row, ids, is_done in zip(choose.rows.tolist(), out.sequences.tolist(), done.tolist(), strict=True):

@@ -1,16 +1,15 @@
-"""Models: loading and building them, reading their ``Head``, and making a student out of a teacher's layers."""
+"""Models: loading and building them, how they are fed, their fingerprints."""
 
-import copy
 import difflib
 import hashlib
 import importlib
 import importlib.util
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -42,7 +41,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "num_parameters",
-    "shrink",
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -120,7 +118,7 @@ def load_tokenizer(
             f"{source} holds no tokenizer: copy tokenizer.json and tokenizer_config.json there from the model it came "
             "from, name another folder as its tokenizer, or train one with `distillm tokenizer`"
         )
-    with _explained(f"the tokenizer of {path}"), _quiet(source, gguf_file):
+    with explained(f"the tokenizer of {path}"), quiet(source, gguf_file):
         extra = {} if gguf_file is None else {"gguf_file": gguf_file}
         tokenizer = AutoTokenizer.from_pretrained(source.as_posix(), trust_remote_code=trust_remote_code, **extra)
     if tokenizer.pad_token_id is None:
@@ -175,13 +173,13 @@ def _load(
     if base is not None:
         if not trusted:
             _refuse_pickles(source)
-        with _explained(f"the adapter {path}"):
+        with explained(f"the adapter {path}"):
             model = _load(base, None, dtype, dropout, trusted)
             return with_saved_adapter(model, source)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
-    with _explained(f"the model {path}"), _quiet(source, gguf_file):
+    with explained(f"the model {path}"), quiet(source, gguf_file):
         config = AutoConfig.from_pretrained(source.as_posix(), trust_remote_code=trusted, **extra)
-        _set_dropout(config, dropout)
+        set_dropout(config, dropout)
         if gguf_file is not None:
             extra |= _dequantized()
         elif not trusted:
@@ -209,7 +207,7 @@ def _build(
     kind = settings.get("model_type")
     if not isinstance(kind, str):
         raise ConfigError('a model\'s config needs "model_type", the name of its architecture, such as "llama"')
-    with _explained(f"a {kind} model from its config"):
+    with explained(f"a {kind} model from its config"):
         _check_names(kind, settings)
         config = AutoConfig.for_model(**settings)
         # An architecture's default ids belong to some other tokenizer: they would end responses at random tokens.
@@ -218,7 +216,7 @@ def _build(
         if config.is_encoder_decoder:
             # T5's and Marian's way.
             config.decoder_start_token_id = settings.get("decoder_start_token_id", settings.get("pad_token_id"))
-        _set_dropout(config, dropout)
+        set_dropout(config, dropout)
         if dtype == "auto":
             dtype = config.dtype or "float32"
         with torch.random.fork_rng(devices=[]):
@@ -256,7 +254,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     return place
 
 
-def _set_dropout(config: PretrainedConfig, dropout: float | None) -> None:
+def set_dropout(config: PretrainedConfig, dropout: float | None) -> None:
     if dropout is None:
         return
     if not 0.0 <= dropout < 1.0:
@@ -310,7 +308,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _explained(what: str) -> Generator[None]:
+def explained(what: str) -> Generator[None]:
     """Turn the many errors of a failed load into one line of ours."""
     try:
         yield
@@ -324,7 +322,7 @@ def _explained(what: str) -> Generator[None]:
 
 
 @contextmanager
-def _quiet(source: Path, gguf_file: str | None) -> Generator[None]:
+def quiet(source: Path, gguf_file: str | None) -> Generator[None]:
     """No progress bars while a local folder is read; a download keeps its own."""
     with ExitStack() as after:
         if source.is_dir() and logging.is_progress_bar_enabled():
@@ -360,140 +358,16 @@ def _sums(tensor: Tensor) -> list[int]:
     return sums.tolist()
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write an ordinary model folder: safetensors, configuration, generation settings, tokenizer."""
-    with _quiet(folder, None):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write an ordinary model folder: safetensors, configuration, generation settings, tokenizer.
 
-
-# -------------------------------------------------------------------------------------------------------- shrinking
-
-
-Layers = int | Sequence[int]
-
-
-def shrink(
-    teacher: PreTrainedModel,
-    layers: Layers,
-    *,
-    decoder_layers: Layers | None = None,
-    dropout: float | None = None,
-) -> PreTrainedModel:
-    """A student that starts as ``teacher`` with only some of its layers, in eval mode on the same device.
-
-    A number keeps that many evenly spaced layers, the first and the last among them; a sequence names them, ascending
-    from 0. Of an encoder-decoder ``layers`` are the encoder's and, unless ``decoder_layers`` says otherwise, the
-    decoder's. Embeddings, norms, head and generation settings are copies; ``dropout`` is as in ``load_model``.
-    Raises ModelError for layers that do not exist and for models whose layers cannot be taken out.
+    ``weights`` stand in for the model's own, as where those are spread over processes.
     """
-    config: Any = copy.deepcopy(teacher.config)
-    stacks = _stacks(teacher)
-    if decoder_layers is not None and "decoder" not in stacks:
-        raise ModelError(
-            f"{type(teacher).__name__} has no encoder, and layers are its decoder's; leave decoder_layers out"
-        )
-    asked = {name: layers if name != "decoder" or decoder_layers is None else decoder_layers for name in stacks}
-    kept = {name: _kept(asked[name], stack.size) for name, stack in stacks.items()}
-    if "decoder" not in stacks:
-        for name, value in _layer_lists(teacher.config, kept[""]).items():
-            setattr(config, name, value)
-    for name, stack in stacks.items():
-        for setting in stack.settings:
-            setattr(config, setting, len(kept[name]))
-    _set_dropout(config, dropout)
-    weights: dict[str, Tensor] = {}
-    for name, tensor in teacher.state_dict().items():
-        new_name = _renamed(name, stacks, kept)
-        if new_name is not None:
-            weights[new_name] = tensor.detach().clone()
-    said = " and ".join(f"{name} layers {which}".strip() for name, which in kept.items())
-    with _explained(f"{said} of {type(teacher).__name__}"), _quiet(Path(), None):
-        architecture: Any = type(teacher)
-        student, report = architecture.from_pretrained(
-            None, config=config, state_dict=weights, dtype=teacher.dtype, output_loading_info=True
-        )
-    if wrong := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
-        raise ModelError(
-            f"{said} of {type(teacher).__name__} do not fit a model of so many layers (first: {wrong[0]}); "
-            "its layers differ by position, so keep a pattern that repeats (and the first one)"
-        )
-    student.generation_config = copy.deepcopy(teacher.generation_config)
-    return student.to(teacher.device).eval()
-
-
-class _Stack(NamedTuple):
-    """A list of layers by its name in the model, its length, and the settings that hold the length."""
-
-    prefix: str
-    size: int
-    settings: tuple[str, ...]
-
-
-def _stacks(model: PreTrainedModel) -> dict[str, _Stack]:
-    """The stacks of layers of ``model``: "encoder" and "decoder", or "" for the only one."""
-    config: Any = model.config
-    if not config.is_encoder_decoder:
-        size: int = config.num_hidden_layers
-        return {"": _Stack(_layers_name(model, size), size, ("num_hidden_layers",))}
-    parts: dict[str, nn.Module] = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}  # pyright: ignore[reportAssignmentType]
-    modules = {id(module): name for name, module in model.named_modules()}
-    # T5 calls its encoder's number num_layers; BART repeats it as num_hidden_layers.
-    names = {
-        "encoder": ("encoder_layers", "num_layers", "num_hidden_layers"),
-        "decoder": ("decoder_layers", "num_decoder_layers"),
-    }
-    stacks: dict[str, _Stack] = {}
-    for part, module in parts.items():
-        settings = tuple(name for name in names[part] if name in {*config.to_dict(), *config.attribute_map})
-        if not settings:
-            raise ModelError(
-                f"the {part} of {type(model).__name__} cannot be shrunk: its configuration has no {names[part]}"
-            )
-        size = getattr(config, settings[0])
-        stacks[part] = _Stack(f"{modules[id(module)]}.{_layers_name(module, size)}", size, settings)
-    return stacks
-
-
-def _renamed(name: str, stacks: Mapping[str, _Stack], kept: Mapping[str, list[int]]) -> str | None:
-    """The student's name of the teacher's tensor ``name``; None where its layer goes."""
-    for part, stack in stacks.items():
-        if match := re.match(rf"{re.escape(stack.prefix)}\.(\d+)\.", name):
-            layer = int(match[1])
-            if layer not in kept[part]:
-                return None
-            return f"{stack.prefix}.{kept[part].index(layer)}.{name[match.end() :]}"
-    return name
-
-
-def _kept(layers: int | Sequence[int], num_layers: int) -> list[int]:
-    if isinstance(layers, int):
-        if not 1 <= layers <= num_layers:
-            raise ModelError(f"cannot keep {layers} layers: the teacher has {num_layers}, so give 1 to {num_layers}")
-        last, gaps = num_layers - 1, max(layers - 1, 1)
-        return [(i * last + gaps // 2) // gaps for i in range(layers)]
-    kept = list(layers)
-    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= num_layers:
-        raise ModelError(f"layers {kept}: give different indices in ascending order, from 0 to {num_layers - 1}")
-    return kept
-
-
-def _layers_name(teacher: nn.Module, num_layers: int) -> str:
-    """The name of the list of decoder layers; the outermost one, as experts inside a layer may be as many."""
-    for name, module in teacher.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return name
-    raise ModelError(f"{type(teacher).__name__} has no list of {num_layers} layers to choose from; it cannot be shrunk")
-
-
-def _layer_lists(config: PretrainedConfig, kept: list[int]) -> dict[str, list[Any]]:
-    """The configuration's per-layer lists, for the layers kept: one entry a layer, or the indices of some layers."""
-    lists: dict[str, list[Any]] = {}
-    for name, value in config.to_dict().items():
-        if not isinstance(value, list | tuple) or "token" in name or name == "architectures":
-            continue
-        if name in ("full_attn_idxs", "moe_layers", "mlp_only_layers"):
-            lists[name] = [new for new, old in enumerate(kept) if old in value]
-        elif len(value) == config.num_hidden_layers:
-            lists[name] = [value[i] for i in kept]
-    return lists
+    with quiet(folder, None):
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)

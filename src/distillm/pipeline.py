@@ -313,7 +313,7 @@ def _finish(project: Project) -> None:
         _event(project, "worse", said)
         project.display.note(f"{said}: try a lower optim.lr, more steps, or optim.warmup_steps")
     with part("saving"):
-        by_first(lambda: save_student(project.run, models, folder.student))
+        save_student(project.run, models, folder.student)
     _score_tests(project, models.student, "student")
     if models.teacher is not None and "teacher" in project.run.evaluation.compare:
         _score_tests(project, models.teacher, "teacher")

@@ -81,6 +81,11 @@ def first_alone(act: Callable[P, None]) -> Callable[P, None]:
     return acting
 
 
+def most(number: int) -> int:
+    """The largest ``number`` of any process."""
+    return max(together(lambda: number))
+
+
 def anyone(holds: bool) -> bool:
     """Whether it holds in any process."""
     return any(together(lambda: holds))

@@ -19,7 +19,7 @@ from .adapters import merged
 from .assembly import Models
 from .assess import answers, measure
 from .caching import make_cache
-from .checkpoint import written_aside
+from .checkpoint import student_tensors, written_aside
 from .client import Server, bearer_key, endpoint, require_httpx
 from .completions import PATH, SETTING, Completions
 from .config import Run, as_yaml
@@ -33,6 +33,7 @@ from .methods import Method
 from .models import save_model
 from .processes import by_first
 from .rows import Rows, answered, end_of_response, load_rows, read_data
+from .sharding import gathered, sharded
 from .sources import ReplayBuffer, steps_per_epoch
 from .teacher import Responses
 from .train import Step, training_steps
@@ -229,13 +230,21 @@ def training(project: Project) -> Iterator[Step]:
 
 
 def save_student(run: Run, models: Models, target: Path) -> None:
-    """An ordinary model folder: weights (or the adapter alone), configuration, generation settings and tokenizer."""
-    lora = run.student.lora
-    with written_aside(target) as scratch:
-        models.student.generation_config.eos_token_id = list(models.end_ids)
-        models.student.generation_config.pad_token_id = models.pair.layout.pad_id
-        student = merged(models.student) if lora is not None and lora.merge else models.student
-        save_model(student, models.tokenizer, scratch)
+    """An ordinary model folder: weights (or the adapter alone), configuration, generation settings and tokenizer.
+
+    All processes call it, and the first one writes.
+    """
+    lora, student = run.student.lora, models.student
+    spread = gathered(student_tensors(student)) if sharded(student) else None
+
+    def write() -> None:
+        with written_aside(target) as scratch:
+            student.generation_config.eos_token_id = list(models.end_ids)
+            student.generation_config.pad_token_id = models.pair.layout.pad_id
+            saved = merged(student) if lora is not None and lora.merge else student
+            save_model(saved, models.tokenizer, scratch, weights=spread)
+
+    by_first(write)
 
 
 def _responses(

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -17,9 +16,10 @@ from .kernels import linear_cross_entropy, linear_divergence
 from .losses import Term
 from .methods import Method
 from .processes import count as num_processes
-from .processes import share, together
+from .processes import most, share, together
 from .schedules import Schedule
 from .scoring import Pair
+from .sharding import full, whole, within_step
 from .sources import Draw
 from .types import Example, State
 
@@ -74,7 +74,7 @@ def training_steps(
         terms = {name: sums[name] / count for name, count in counts.items()}
         rate = learning_rate(state)
         with part("optimizer"):
-            norm = _update(pair, optimizer, rate, max_grad_norm, accelerator, terms, drawn, state) if active else 0.0
+            norm = _update(pair, optimizer, rate, max_grad_norm, terms, drawn, state) if active else 0.0
         figures = drawn.figures | {name: total / max(count, 1) for name, (total, count) in watched.items()}
         for name, (total, count) in watched.items():
             state.observe(name, total, count)
@@ -99,33 +99,49 @@ Active = Sequence[tuple[Term, float, int]]
 """The terms of a step with their weights and what they are divided by."""
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A micro-batch of this process. With ``scale`` 0 it takes part in what the processes do together, and no more."""
+
+    rows: Sequence[Example]
+    scale: float
+    reads_teacher: bool
+
+
+def _parts(pair: Pair, rows: Sequence[Example], active: Active, size: int) -> list[_Part]:
+    """This process's share of a step, in as many parts as any process has, and of the same kinds."""
+    parts: list[_Part] = []
+    for text in (False, True):
+        kind = sorted((r for r in rows if (r.origin == "text") == text), key=lambda r: len(r.tokens), reverse=True)
+        terms = [term for term, _, _ in active if term.count(kind)]
+        reads_teacher = any(term.reads_teacher for term in terms)
+        mine = micro_batches(share(kind), size, pair.device, packed=pair.packed)
+        mine = [micro for micro in mine if any(term.count(micro) for term in terms)]
+        parts += [_Part(micro, float(num_processes()), reads_teacher) for micro in mine]
+        if short := most(len(mine)) - len(mine):
+            idle = next(row for row in reversed(kind) if any(term.count([row]) for term in terms))
+            parts += [_Part([idle], 0.0, reads_teacher)] * short
+    return parts
+
+
 def _backward(
     pair: Pair, rows: Sequence[Example], active: Active, state: State, accelerator: Accelerator, size: int
 ) -> tuple[dict[str, float], dict[str, tuple[float, int]]]:
-    """Add the gradient of a step's loss; the sums of its terms, and those of the figures that they watch.
-
-    Each process takes a share of the rows; gradients are averaged over processes as the last micro-batch goes back.
-    """
-    mine = share(sorted(rows, key=lambda row: len(row.tokens), reverse=True))
-    parts = micro_batches(mine, size, pair.device, packed=pair.packed)
-    parts = [micro for micro in parts if any(term.count(micro) for term, _, _ in active)]
-    idle = not parts and num_processes() > 1 and bool(active)
-    if idle:  # it has to take part in the average all the same
-        parts = [[next(row for row in rows if any(term.count([row]) for term, _, _ in active))]]
+    """Add the gradient of a step's loss; the sums of its terms, and those of the figures that they watch."""
+    parts = _parts(pair, rows, active, size)
     sums: list[dict[str, Tensor]] = []
     watched: list[dict[str, tuple[Tensor, int]]] = []
     for micro in parts:
-        scale = 0.0 if idle else float(num_processes())
-        here = [(term, scale * weight / count) for term, weight, count in active if term.count(micro)]
-        with nullcontext() if micro is parts[-1] else accelerator.no_sync(pair.student):
+        here = [(term, micro.scale * weight / count) for term, weight, count in active if term.count(micro.rows)]
+        with within_step(pair.student, last=micro is parts[-1]):
             with accelerator.autocast():
-                scored = pair.score(micro, state, with_teacher=any(term.reads_teacher for term, _ in here))
+                scored = pair.score(micro.rows, state, with_teacher=micro.reads_teacher)
                 with part("loss"):
                     totals = [(term, weight, term.total(scored.only(term.origins))) for term, weight in here]
             with part("student backward"):
                 # Not accelerator.backward, which divides once more where the environment asks it to accumulate.
                 torch.stack([weight * total for _, weight, total in totals]).sum().backward()
-        if not idle:
+        if micro.scale:
             sums.append({term.name: total.detach() for term, _, total in totals})
             watched.append(scored.figures)
     own = _added([{name: (total, 0) for name, total in each.items()} for each in sums]), _added(watched)
@@ -152,13 +168,12 @@ def _update(
     optimizer: Any,
     rate: float,
     max_grad_norm: float,
-    accelerator: Accelerator,
     terms: dict[str, float],
     drawn: Draw,
     state: State,
 ) -> float:
     """One optimizer step, if everything is finite; the norm of the gradient before clipping."""
-    norm = float(cast(Tensor, accelerator.clip_grad_norm_(pair.student.parameters(), max_grad_norm)))
+    norm = float(full(torch.nn.utils.clip_grad_norm_(pair.student.parameters(), max_grad_norm)))
     figures = {**terms, "gradient norm": norm}
     wrong = [name for name, value in figures.items() if not abs(value) < float("inf")]
     if wrong:
@@ -228,7 +243,7 @@ def validate(
     """
     sums = torch.zeros(2, dtype=torch.float64)
     count = 0
-    with torch.no_grad(), eval_mode(pair.student):
+    with torch.no_grad(), eval_mode(pair.student), whole(pair.student):
         for rows in micro_batches(share(examples), batch_size, pair.device, packed=pair.packed):
             scored = pair.score(rows, state, with_teacher=pair.teacher is not None)
             ones = torch.ones(len(scored.labels), device=scored.labels.device)

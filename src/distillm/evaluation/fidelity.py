@@ -12,6 +12,7 @@ from ..heads import eval_mode
 from ..kernels import logits
 from ..processes import share, together
 from ..scoring import Pair
+from ..sharding import whole
 from ..train import micro_batches
 from ..types import Example, Head, State
 
@@ -36,7 +37,7 @@ def fidelity(
     """
     count, sums = 0, dict.fromkeys(("cross_entropy", "divergence", "agreement"), 0.0)
     bins = torch.zeros(3, NUM_BINS, dtype=torch.float64)  # tokens, sum of probabilities, right ones
-    with torch.no_grad(), eval_mode(pair.student):
+    with torch.no_grad(), eval_mode(pair.student), whole(pair.student):
         for part in micro_batches([e for e in share(examples) if any(e.targets)], batch_size, pair.device):
             scored = pair.score(part, State(), with_teacher=pair.teacher is not None)
             count += len(scored.labels)
