@@ -29,7 +29,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
-from distillm import Context, Example, Layout, Method, Pair, State, head_of, kd, sft, training_steps
+from distillm import Context, Example, Layout, LocalTeacher, Method, Pair, State, head_of, kd, sft, training_steps
 from distillm.sources import Draw, ReplayBuffer
 from linear_divergence import Case, make_data, ours, run
 from measure import DTYPES, begin, parser, peak_memory, seconds, write
@@ -79,8 +79,9 @@ class Steps:
 
         torch.manual_seed(0)
         student, teacher = model(work.layers), model(2 * work.layers).eval().requires_grad_(False)
-        heads = head_of(student), head_of(teacher)
-        pair = Pair(student, teacher, *heads, work.vocabulary, Layout(0), torch.device(device))
+        layout, place = Layout(0), torch.device(device)
+        said = LocalTeacher(teacher, head_of(teacher), layout, place)
+        pair = Pair(student, head_of(student), said, work.vocabulary, layout, place)
         context = Context(lambda _: Draw(rows), 1, self.nobody, ReplayBuffer(1), seed=0, end_ids=[1])
         self.steps = training_steps(
             pair,

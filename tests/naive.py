@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distillm.scoring import Pair
 from distillm.types import Example
-from rows import NUM_TOKENS
+from rows import NUM_TOKENS, teacher_of
 from tiny import layout_for
 
 
@@ -55,11 +55,10 @@ def cross_entropy_of(pair: Pair, rows: Sequence[Example]) -> Tensor:
 
 def divergence_of(pair: Pair, rows: Sequence[Example], name: str, alpha: float = 0.1) -> Tensor:
     """Mean over the target tokens of ``rows``."""
-    assert pair.teacher is not None
     values = list[Tensor]()
     for r in rows:
         with torch.no_grad():
-            teacher = next_token_laws(pair.teacher, r.teacher_context or r.prompt, r)
+            teacher = next_token_laws(teacher_of(pair), r.teacher_context or r.prompt, r)
         student = next_token_laws(pair.student, r.prompt, r)
         for (token, p), (same, q) in zip(teacher, student, strict=True):
             assert token == same

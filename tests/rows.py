@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 
 from distillm.methods import Context, Method
 from distillm.models import freeze, head_of
+from distillm.readers import LocalTeacher
 from distillm.schedules import Schedule, constant
 from distillm.scoring import Pair
 from distillm.sources import Draw, ReplayBuffer
@@ -39,11 +40,16 @@ def text_row(number: int, length: int) -> Example:
 
 def pair_of(student: Any, teacher: Any | None, pad_id: int = 0, num_tokens: int = NUM_TOKENS) -> Pair:
     student.requires_grad_(True)
-    read_teacher = None if teacher is None else head_of(freeze(teacher))
-    layout = layout_for(student, pad_id)
-    teacher_layout = None if teacher is None else layout_for(teacher, pad_id)
-    reader = head_of(student)
-    return Pair(student, teacher, reader, read_teacher, num_tokens, layout, torch.device("cpu"), teacher_layout)
+    cpu, said = torch.device("cpu"), None
+    if teacher is not None:
+        said = LocalTeacher(teacher, head_of(freeze(teacher)), layout_for(teacher, pad_id), cpu)
+    return Pair(student, head_of(student), said, num_tokens, layout_for(student, pad_id), cpu)
+
+
+def teacher_of(pair: Pair) -> Any:
+    """The model that is the teacher in ``pair``."""
+    assert isinstance(pair.teacher, LocalTeacher)
+    return pair.teacher.model
 
 
 def tiny_pair(

@@ -44,13 +44,14 @@ LEVELS = {
         "generation.py",
         "adapters.py",
         "teacher_cache.py",
+        "readers.py",
     ],
-    3: ["scoring.py", "sources.py", "teacher.py", "completions.py"],
+    3: ["scoring.py", "kept_teacher.py", "served_teacher.py", "sources.py", "teacher.py", "completions.py"],
     4: ["losses.py", "policy_gradient.py", "contrastive.py", "theory.py"],
     5: ["methods.py"],
     6: ["train.py", "checkpoint.py", "folder.py", "evaluation/", "report/", "display.py", "judge/"],
-    7: ["config.py", "method_settings.py", "data_settings.py", "recipes/"],
-    8: ["assembly.py", "rows.py", "provenance.py"],
+    7: ["config.py", "method_settings.py", "data_settings.py", "model_settings.py", "recipes/"],
+    8: ["loading.py", "assembly.py", "rows.py", "provenance.py"],
     9: ["assess.py", "caching.py", "project.py"],
     10: ["pipeline.py", "commands.py"],
     11: ["demo/", "sweep.py", "analyse.py", "listing.py"],
@@ -58,6 +59,7 @@ LEVELS = {
 }
 LEVEL_OF = {name.removesuffix("/"): level for level, names in LEVELS.items() for name in names}
 KNOW_RUN = {
+    "loading.py",
     "assembly.py",
     "rows.py",
     "assess.py",
@@ -144,6 +146,7 @@ def test_only_a_few_files_know_the_configuration():
         "explain.py",
         "method_settings.py",
         "data_settings.py",
+        "model_settings.py",
     }
 
 

@@ -37,11 +37,11 @@ def data(made: Path, *names: str) -> list[object]:
 
 
 def test_several_data_sets_are_scored_by_one_loaded_model(made: Path, run: Path, monkeypatch: pytest.MonkeyPatch):
-    from distillm import assembly
+    from distillm import loading
 
     loaded = list[object]()
-    load = assembly.load_models
-    monkeypatch.setattr(assembly, "load_models", lambda *given: loaded.append(given) or load(*given))
+    load = loading.load_models
+    monkeypatch.setattr(loading, "load_models", lambda *given: loaded.append(given) or load(*given))
     said = done("eval", run, *data(made, "test", "more"), "--metrics", METRICS)
     assert len(loaded) == 1
     found = scores(run)
@@ -144,7 +144,7 @@ def test_what_cannot_be_scored_is_said_before_the_model_is_loaded(
     def load(*_: Any) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("distillm.assembly.load_models", load)
+    monkeypatch.setattr("distillm.loading.load_models", load)
     (made / "bad.jsonl").write_text("{]\n")
     write_rows(made / "bare.jsonl", rows(2, output=False))
     assert said in refused("eval", made / "student", *data(made, *names), *options)

@@ -1,9 +1,9 @@
 """Perplexity, calibration and agreement at the reference tokens: by hand, token by token, and in any portions."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,29 +11,26 @@ import torch
 from distillm.divergences import forward_kl, reverse_kl
 from distillm.errors import DataError
 from distillm.evaluation.fidelity import fidelity
+from distillm.readers import LocalTeacher
 from distillm.scoring import Pair
-from distillm.types import Batch, Example, Head, Layout, as_teacher_reads
-from rows import NUM_TOKENS, row, tiny_pair
+from distillm.types import Example, Head, Layout, as_teacher_reads
+from rows import NUM_TOKENS, row, teacher_of, tiny_pair
 
 FIGURES = {"divergence", "agreement", "perplexity", "calibration_error"}
 
 
-def saying(*distributions: list[float]) -> Callable[[Any, Batch], Head]:
+def saying(*distributions: list[float]) -> Any:
     """A reader whose model gives these probabilities at the target positions, in their order."""
-    return lambda _, __: Head(torch.tensor(distributions, dtype=torch.float64).log(), None)
+    reader = Mock(side_effect=lambda *_: Head(torch.tensor(distributions, dtype=torch.float64).log(), None))
+    reader.fused, reader.packed = False, False
+    return reader
 
 
 def hand_pair(student: list[list[float]], teacher: list[list[float]] | None) -> Pair:
-    nothing = torch.nn.Linear(1, 1)
-    return Pair(
-        student=nothing,
-        teacher=None if teacher is None else nothing,
-        read_student=saying(*student),
-        read_teacher=None if teacher is None else saying(*teacher),
-        num_tokens=3,
-        layout=Layout(0),
-        device=torch.device("cpu"),
-    )
+    nothing, cpu = torch.nn.Linear(1, 1), torch.device("cpu")
+    nothing.device = cpu  # pyright: ignore[reportAttributeAccessIssue]
+    said = None if teacher is None else LocalTeacher(nothing, saying(*teacher), Layout(0), cpu)
+    return Pair(nothing, saying(*student), said, num_tokens=3, layout=Layout(0), device=cpu)
 
 
 def test_figures_by_hand():
@@ -66,7 +63,7 @@ def test_certainty_is_in_the_last_bin():
 
 def test_the_same_models_agree_wholly():
     pair = tiny_pair()
-    same = replace(pair, teacher=pair.student, read_teacher=pair.read_student)
+    same = replace(pair, teacher=LocalTeacher(pair.student, pair.read_student, pair.layout, pair.device))
     found = fidelity(same, [row(i) for i in range(3)])
     assert (found["agreement"], found["divergence"]) == (100, pytest.approx(0, abs=1e-12))
 
@@ -83,7 +80,7 @@ def test_figures_token_by_token_in_any_portions(monkeypatch: pytest.MonkeyPatch,
             contexts = example.prompt + example.response[:i], example.teacher_context or example.prompt
             p, q = (
                 model(input_ids=torch.tensor([read])).logits[0, -1, :NUM_TOKENS].detach().log_softmax(-1)  # pyright: ignore
-                for model, read in ((pair.teacher, contexts[1] + example.response[:i]), (pair.student, contexts[0]))
+                for model, read in ((teacher_of(pair), contexts[1] + example.response[:i]), (pair.student, contexts[0]))
             )
             label = example.response[i]
             losses.append(-float(q[label]))

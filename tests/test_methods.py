@@ -17,7 +17,7 @@ from distillm.policy_gradient import policy_gradient
 from distillm.scoring import Pair
 from distillm.types import Example, Layout, State, answer
 from naive import as_drawn, logits_before, next_token_laws
-from rows import NUM_TOKENS, context, fixed, one_step, pair_of, row, tiny_pair, tokens
+from rows import NUM_TOKENS, context, fixed, one_step, pair_of, row, teacher_of, tiny_pair, tokens
 from tiny import tiny_model
 
 ROWS = [row(0, 3, 5), row(1, 9, 2), row(2, 2, 7, teacher_context=tokens(70, 5)), row(3, 4, 3)]
@@ -33,8 +33,8 @@ def writer(pair: Pair) -> Any:
         steps: Sequence[int] | None = None,
         keep_log_probs: bool = False,
     ) -> list[Example]:
-        model: Any = pair.student if writer == "student" else pair.teacher
-        mixture = Mixture(pair.teacher, teacher_mix) if teacher_mix else None  # pyright: ignore[reportArgumentType]
+        model: Any = pair.student if writer == "student" else teacher_of(pair)
+        mixture = Mixture(teacher_of(pair), teacher_mix) if teacher_mix else None  # pyright: ignore[reportArgumentType]
         return generate(
             model,
             prompts,
@@ -54,9 +54,8 @@ def writer(pair: Pair) -> Any:
 
 def laws(pair: Pair, example: Example) -> list[tuple[int, Tensor, Tensor]]:
     """Each target token, ``log p`` without gradients, ``log q``."""
-    assert pair.teacher is not None
     with torch.no_grad():
-        teacher = next_token_laws(pair.teacher, example.teacher_context or example.prompt, example)
+        teacher = next_token_laws(teacher_of(pair), example.teacher_context or example.prompt, example)
     student = next_token_laws(pair.student, example.prompt, example)
     return [(token, p, q) for (token, p), (_, q) in zip(teacher, student, strict=True)]
 
@@ -231,10 +230,9 @@ def responses(begun: tuple[int, ...] = ()) -> Iterator[list[int]]:
 
 def log_laws(pair: Pair, response: list[int]) -> tuple[Tensor, Tensor]:
     """``log p`` (no gradients) and ``log q`` of the response's tokens."""
-    assert pair.teacher is not None
     chosen = torch.tensor(response)[:, None]
     with torch.no_grad():
-        p = logits_before(pair.teacher, PROMPT.tokens, response)[:-1].log_softmax(-1).gather(-1, chosen)[:, 0]
+        p = logits_before(teacher_of(pair), PROMPT.tokens, response)[:-1].log_softmax(-1).gather(-1, chosen)[:, 0]
     return p, logits_before(pair.student, PROMPT.tokens, response)[:-1].log_softmax(-1).gather(-1, chosen)[:, 0]
 
 
@@ -276,9 +274,8 @@ def test_on_policy_gradients_hold_the_probability_of_responses_constant(
     for y in responses():
         example = answer(PROMPT, y, "student")
         weight = log_laws(small, y)[1].sum().exp().detach()
-        assert small.teacher is not None
         with torch.no_grad():
-            p = logits_before(small.teacher, PROMPT.tokens, y)[:-1].log_softmax(-1)
+            p = logits_before(teacher_of(small), PROMPT.tokens, y)[:-1].log_softmax(-1)
         q = logits_before(small.student, PROMPT.tokens, y)[:-1].log_softmax(-1)
         exact = exact + weight * DIVERGENCES[name](p, q, **parameters).sum()
         found = found + weight * total_of(loss, small, example)

@@ -11,9 +11,10 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from command_line import done, refused
-from distillm.assembly import Models, load_models, make_accelerator
+from distillm.assembly import make_accelerator
 from distillm.config import Run, load_run
 from distillm.errors import ConfigError
+from distillm.loading import Models, load_models
 from distillm.pipeline import distill
 from distillm.project import build
 from distillm.rows import end_of_response, load_rows, read_data

@@ -25,7 +25,7 @@ from distillm.pipeline import distill
 from distillm.scoring import Pair
 from distillm.teacher_cache import Disk, Memory, Store, TeacherCache, entries, teachers
 from distillm.types import Example, State
-from rows import row, text_row, tiny_pair, tokens
+from rows import row, teacher_of, text_row, tiny_pair, tokens
 from tiny import tiny_causal
 from tiny_run import lines, materials, settings, tiny_run, weights
 
@@ -80,8 +80,7 @@ def test_kept_states_are_the_teachers_own_to_the_last_bit(tmp_path: Path, kind: 
     pair = cached(plain, Memory(2**20) if where == "memory" else disk(tmp_path))
     alone = torch.cat([said_by_teacher(plain, [r]) for r in rows])
     assert torch.equal(said_by_teacher(pair, rows), alone)
-    assert pair.teacher is not None
-    pair.teacher.register_forward_pre_hook(never)
+    teacher_of(pair).register_forward_pre_hook(never)
     assert torch.equal(said_by_teacher(pair, rows), alone)
     assert torch.equal(said_by_teacher(pair, rows[::-1]), torch.cat([said_by_teacher(pair, [r]) for r in rows[::-1]]))
 
@@ -136,8 +135,7 @@ def test_a_step_on_kept_rows_costs_the_teachers_unembedding_alone() -> None:
         return counter.get_total_flops()
 
     cold, warm = flops(True), flops(True)
-    assert pair.teacher is not None
-    weight: Any = pair.teacher.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    weight = teacher_of(pair).get_output_embeddings()
     assert warm - flops(False) == 2 * 9 * pair.num_tokens * weight.weight.shape[1]
     assert cold > warm
 

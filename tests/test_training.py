@@ -15,6 +15,7 @@ from distillm import losses
 from distillm.generation import Sampling, generate, truncated
 from distillm.heads import packing
 from distillm.methods import Method, distillm, kd, sft, with_text
+from distillm.readers import LocalTeacher
 from distillm.schedules import learning_rate
 from distillm.sources import dataset
 from distillm.train import micro_batches, parameter_groups, validate
@@ -30,6 +31,7 @@ from rows import (
     prompts,
     row,
     steps_of,
+    teacher_of,
     text_row,
     tiny_pair,
     tokens,
@@ -78,8 +80,9 @@ def test_a_step_is_the_naive_one_however_it_is_split(kind: str, name: str, text:
     relative, absolute = (1e-8, 1e-12) if kind == "gpt2" else (1e-4, 1e-7)
     pair = tiny_pair(kind, teacher_kind=kind)
     if packed:
-        assert pair.read_teacher is not None
-        pair = replace(pair, read_student=packing(pair.read_student), read_teacher=packing(pair.read_teacher))
+        assert isinstance(pair.teacher, LocalTeacher)
+        pair.teacher.reader = packing(pair.teacher.reader)
+        pair = replace(pair, read_student=packing(pair.read_student))
     for size in (1, 2, 3, 100):
         method = build(name, pair)
         method = with_text(method, fixed(TEXT), TEXT_WEIGHT) if text else method
@@ -158,7 +161,7 @@ def counted(module: Any) -> list[int]:
 )
 def test_the_teacher_is_called_only_where_a_term_reads_it(method: Any, teacher_calls: int) -> None:
     pair = tiny_pair()
-    teacher, student = counted(pair.teacher), counted(pair.student)
+    teacher, student = counted(teacher_of(pair)), counted(pair.student)
     step, _ = one_step(pair, with_text(method(context(fixed(ROWS))), fixed(TEXT), 0.5), 3)
     assert len(teacher) == teacher_calls  # six response rows in threes; text is never the teacher's
     assert len(student) == 3
@@ -235,9 +238,8 @@ def test_the_student_trains_with_dropout_and_samples_without() -> None:
     assert one_step(pair, method)[0].batch == "generated"
     assert modes.index(True) >= 6  # the generation's forward passes
     assert all(modes[modes.index(True) :])
-    assert pair.teacher is not None
-    assert not any(module.training for module in pair.teacher.modules())
-    assert all(p.grad is None for p in pair.teacher.parameters())
+    assert not any(module.training for module in teacher_of(pair).modules())
+    assert all(p.grad is None for p in teacher_of(pair).parameters())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

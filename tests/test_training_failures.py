@@ -11,7 +11,7 @@ from distillm.errors import DataError, TrainingError
 from distillm.methods import Method, distillm, kd, sft, with_text
 from distillm.train import validate
 from distillm.types import Example, State
-from rows import Recorder, context, fixed, prompts, row, steps_of, text_row, tiny_pair, tokens
+from rows import Recorder, context, fixed, prompts, row, steps_of, teacher_of, text_row, tiny_pair, tokens
 
 RARE = 39  # a token of one row only
 ROWS = [Example(f"row:{i}", tokens(i, 6, RARE), [False] * 2 + [True] * 4) for i in range(7)]
@@ -92,7 +92,7 @@ def test_plain_text_is_learned_where_every_response_is_empty() -> None:
 def test_a_skipped_step_reads_no_model() -> None:
     pair = tiny_pair()
     calls = list[int]()
-    for model in (pair.student, pair.teacher):
+    for model in (pair.student, teacher_of(pair)):
         assert model is not None
         model.register_forward_hook(lambda *_: calls.append(1))
     method = METHODS["kd"](context(fixed(prompts(3, 4))))
@@ -147,7 +147,7 @@ def test_a_poisoned_hidden_state_stops_too(name: str) -> None:
     pair = tiny_pair(dtype=torch.float32)
 
     def poison() -> None:
-        model: Any = pair.teacher
+        model: Any = teacher_of(pair)
         with torch.no_grad():
             model.model.norm.weight[3] = float("inf")
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .pipeline import distill as distill
     from .project import build as build
     from .project import steps as steps
+    from .readers import LocalTeacher as LocalTeacher
     from .report import write_report as write_report
     from .scoring import Pair as Pair
     from .scoring import Scored as Scored
@@ -83,6 +84,7 @@ _HOMES = {
     "models": ["head_of", "layout_of", "load_model", "load_tokenizer"],
     "pipeline": ["distill"],
     "project": ["build", "steps"],
+    "readers": ["LocalTeacher"],
     "report": ["write_report"],
     "scoring": ["Pair", "Scored"],
     "shrinking": ["shrink"],

@@ -6,12 +6,14 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
-from .assembly import Models, make_sampling
+from .assembly import make_sampling
 from .config import Run
 from .evaluation import Result, evaluate, summary
 from .evaluation.fidelity import fidelity
 from .evaluation.run import decode
 from .generation import generate
+from .loading import Models
+from .readers import LocalTeacher
 from .rows import Rows
 from .train import validate
 from .types import Example, State, as_teacher_reads
@@ -49,8 +51,8 @@ def assess(
     )
     examples, pair = rows.examples, models.pair
     if model is models.teacher:
-        assert pair.read_teacher is not None
-        pair = replace(pair, student=model, read_student=pair.read_teacher, teacher=None, read_teacher=None)
+        assert isinstance(pair.teacher, LocalTeacher)
+        pair = replace(pair, student=model, read_student=pair.teacher.reader, teacher=None, cache=None)
         examples = [as_teacher_reads(example) for example in examples]
     if any(any(example.targets) for example in examples):
         figures = fidelity(pair, examples, divergence=run.validation.divergence, batch_size=run.train.micro_batch_size)

@@ -2,29 +2,26 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import torch
 
-from .assembly import Models, Note
-from .config import Run, Teacher
+from .config import Run
+from .errors import ConfigError
+from .kept_teacher import KeptTeacher, missing
+from .loading import Models, Note
 from .method_settings import Distillation, Distillm2, MiniLlm
 from .methods import Method
+from .model_settings import Teacher
+from .served_teacher import ServedTeacher
 from .teacher_cache import Disk, Memory, TeacherCache
 from .types import Example
 
 MEMORY_SHARE = 0.25
 """Of the memory that is free, at most this part holds states."""
-
-
-def default_folder() -> Path:
-    """Where states are kept on disk unless a run says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distillm" / "teacher"
 
 
 def make_cache(
@@ -39,10 +36,14 @@ def make_cache(
     note: Note,
 ) -> TeacherCache | None:
     """The cache that ``run.teacher.cache`` asks for; what ``auto`` comes to is said in one line."""
-    given, reader = run.teacher, models.pair.read_teacher
-    if given is None or models.teacher is None or reader is None or given.cache == "off":
+    given, teacher = run.teacher, models.pair.teacher
+    if given is None or teacher is None:
         return None
-    if not reader.fused:
+    if isinstance(teacher, KeptTeacher):
+        return _kept_alone(run, teacher, train, [*validation, *tests], note)
+    if given.cache == "off":
+        return None
+    if not teacher.keeps:
         if given.cache != "auto":
             note(
                 f"teacher.cache={given.cache} has no effect: this teacher's logits are formed whole, too large to keep"
@@ -58,7 +59,7 @@ def make_cache(
         kind = _choice(given, lasting, replayed, memory)
         where = {
             "memory": "in memory",
-            "disk": f"in {_folder(given)}",
+            "disk": f"in {given.folder}",
             "off": "off, as neither memory nor disk has room",
         }
         note(f"teacher cache: {where[kind]} ({room})")
@@ -69,26 +70,54 @@ def make_cache(
     store, name = Memory(memory), "of this run"
     if kind == "disk":
         name = teacher_name(models, given)
-        about = {"teacher": str(given.path or "the student without its adapter"), "width": _width(models)}
-        store = Disk(_folder(given), name, int(given.cache_gib * 2**30), note, about)
-    cpu = models.pair.device.type == "cpu"
+        origin = given.path or (given.server and given.server.model) or "the student without its adapter"
+        about: dict[str, str | int] = {"teacher": origin, "width": _width(models)}
+        store = Disk(given.folder, name, int(given.cache_gib * 2**30), note, about)
     return TeacherCache(
         name,
         store,
         Memory(memory) if replayed else None,
-        given.cache_batch_size or (1 if cpu else 32),
+        given.cache_batch_size or _portion(models),
         frozenset(example.id for example in passing),
     )
 
 
+def _portion(models: Models) -> int:
+    """Rows read at a time to be kept; a server reads as many as it is asked at a time."""
+    teacher = models.pair.teacher
+    if isinstance(teacher, ServedTeacher):
+        return teacher.server.jobs
+    return 1 if models.pair.device.type == "cpu" else 32
+
+
+def _kept_alone(
+    run: Run, teacher: KeptTeacher, train: Sequence[Example], others: Sequence[Example], note: Note
+) -> TeacherCache:
+    """What was kept of a teacher that is not here; Raises ConfigError where a row is not among it."""
+    store = Disk(teacher.root, teacher.name, 2**63, note)
+    cache = TeacherCache(teacher.name, store, None)
+    mixed = run.train.mixed_precision == "bf16"
+    read = train if run.method.name != "sft" else []
+    device = "cuda" if torch.cuda.is_available() and run.device != "cpu" else "cpu"
+    with torch.autocast(device, torch.bfloat16, enabled=mixed):
+        lacking = cache.lacking([example for example in read if any(example.targets)])
+    lacking += cache.lacking([example for example in others if any(example.targets)])
+    if lacking:
+        raise ConfigError(missing(teacher.root, [example.id for example in lacking]))
+    note(f"the teacher {teacher.name} is not here: what it said of all {len(read) + len(others)} rows is kept")
+    return cache
+
+
 def teacher_name(models: Models, given: Teacher) -> str:
     """A name for all that a teacher's states depend on beside the tokens: weights, code, precision, device, layout."""
+    if given.server is not None:
+        return hashlib.sha256(f"server/{given.server.name}".encode()).hexdigest()[:16]
     assert models.teacher is not None
     teacher: Any = models.teacher
     config = {k: v for k, v in teacher.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     parts = [
         models.teacher_weights,
-        type(teacher).__name__,
+        type(teacher).__name__.removeprefix("FSDP"),
         json.dumps(config, sort_keys=True, default=str),
         str(teacher.config._attn_implementation),
         given.dtype,
@@ -101,15 +130,11 @@ def teacher_name(models: Models, given: Teacher) -> str:
 def _choice(given: Teacher, lasting: int, replayed: int, memory: int) -> Literal["memory", "disk", "off"]:
     if lasting + replayed <= memory:
         return "memory"
-    folder = _folder(given)
+    folder = given.folder
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if lasting <= min(given.cache_gib * 2**30, shutil.disk_usage(there).free / 2):
         return "disk"
     return "off"
-
-
-def _folder(given: Teacher) -> Path:
-    return Path(given.cache_folder) if given.cache_folder else default_folder()
 
 
 def _on_policy(run: Run) -> bool:
@@ -131,6 +156,9 @@ def _tokens(examples: Sequence[Example]) -> int:
 
 
 def _width(models: Models) -> int:
+    """The numbers that are kept of a token."""
+    if isinstance(models.pair.teacher, ServedTeacher):
+        return 2 * models.pair.teacher.top_k
     assert models.teacher is not None
     output: Any = models.teacher.get_output_embeddings()
     return output.weight.shape[1]

@@ -5,7 +5,8 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -22,6 +23,7 @@ LONGEST_PAUSE = 60.0  # seconds between two attempts, unless the server asks for
 LONGEST_WAIT = 600.0  # seconds: a server that asks for more is not waited for
 SECRET = 8  # characters from which a key is looked for in what a server says; shorter ones are no secrets
 SHOWN = 300  # characters of a server's message
+POLL = 0.1  # seconds between two looks at whether the user wants to stop
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,71 @@ class Client(Generic[T]):
         except TimeoutError:
             return
         raise Stopped
+
+
+def ask_all(
+    server: Server,
+    asked: Endpoint[T],
+    bodies: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    heard: Callable[[int, T], None],
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Ask each of ``bodies``, ``server.jobs`` at a time; ``heard`` gets the number of each and what was read from its
+    reply, as they come.
+
+    ``progress`` is called with how many were answered, and several times a second while waiting; what it raises ends
+    the work.
+
+    Raises:
+        ConfigError: the server refuses.
+        ServerError: the server gives no answer.
+    """
+    work = _ask_all(server, asked, bodies, names, heard, progress or (lambda _: None))
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+    else:  # in a thread of its own where something is running already, such as a notebook
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, work).result()
+
+
+async def _ask_all(
+    server: Server,
+    asked: Endpoint[T],
+    bodies: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    heard: Callable[[int, T], None],
+    progress: Callable[[int], None],
+) -> None:
+    left, done = iter(range(len(bodies))), 0
+
+    async def work(client: Client[T]) -> None:
+        nonlocal done
+        for i in left:
+            try:
+                heard(i, await client.answer(bodies[i], names[i]))
+            except NoAnswer as error:
+                raise ServerError(
+                    f"{names[i]}: the server gave no answer in {server.attempts} attempts; the last time: {error}\n"
+                    "What came before is kept: the same command with resume=auto goes on from there"
+                ) from error
+            done += 1
+
+    async with Client(server, asked, asyncio.Event()) as client:
+        every = [asyncio.create_task(work(client)) for _ in range(min(server.jobs, len(bodies)))]
+        workers = set(every)
+        try:
+            while workers:
+                ended, workers = await asyncio.wait(workers, timeout=POLL, return_when=asyncio.FIRST_EXCEPTION)
+                for worker in ended:
+                    worker.result()  # raises what the worker raised
+                progress(done)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*every, return_exceptions=True)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-from . import assembly
+from . import assembly, loading
 from .assess import answers, assess
 from .checkpoint import written_aside
 from .config import Run
@@ -41,7 +41,7 @@ def score(run: Run, data: Mapping[str, str], system: Literal["student", "teacher
     read = {name: read_source(run.data, source)[: run.evaluation.limit] for name, source in sources.items()}
     for name, found in read.items():
         _check_references(run.data, sources[name], found)
-    models = assembly.load_models(run, assembly.make_accelerator(run), display.note)
+    models = loading.load_models(run, assembly.make_accelerator(run), display.note)
     model = models.student if system == "student" else models.teacher
     assert model is not None
     fitting = _fitting(run, models)
@@ -74,7 +74,7 @@ def _check_references(data: Data, source: Source, rows: Sequence[Mapping[str, An
             )
 
 
-def _fitting(run: Run, models: assembly.Models) -> Data:
+def _fitting(run: Run, models: loading.Models) -> Data:
     """``run.data``; what was not chosen there fits the model: its own chat template, and the length it reads."""
     fitting: dict[str, Any] = {}
     if models.tokenizer.chat_template is not None:
@@ -89,7 +89,7 @@ def _fitting(run: Run, models: assembly.Models) -> Data:
 def respond(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows with a ``response`` each, written by the run's student."""
     display = Display()
-    models = assembly.load_models(run, assembly.make_accelerator(run), lambda _: None)
+    models = loading.load_models(run, assembly.make_accelerator(run), lambda _: None)
     data = _fitting(run, models)
     task, asked = task_of(data).only_asked(rows)
     examples, report = task.without_missing(asked).examples(

@@ -1,18 +1,16 @@
 """Prompts -> responses by a server: OpenAI's completions, which vLLM, llama.cpp and `transformers serve` speak."""
 
-import asyncio
 import hashlib
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from .accounting import part
-from .client import Client, Endpoint, NoAnswer, Server, endpoint, whole
+from .client import Endpoint, Server, ask_all, endpoint, whole
 from .data.tokenize import around, encode_responses
-from .errors import ConfigError, ServerError
+from .errors import ConfigError
 from .generation import Sampling, until_end
 from .types import Example, answer, asked_of
 
@@ -20,7 +18,6 @@ SETTING = "data.responses_server"
 PATH = "/completions"
 SURE = 8
 """Answers that must all be of another tokenizer before the server's model is held to have one."""
-POLL = 0.1  # seconds between two looks at whether the user wants to stop
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,9 @@ class Completions:
             if keep is not None and not all(strangers):
                 keep([answers[i]])
 
-        _run(self._ask([prompt.id for prompt in prompts], bodies, heard, progress or (lambda _: None)))
+        address = endpoint(self.server.url, PATH, f"{SETTING}.url")
+        asked = Endpoint(address, "completion", _read, lambda status: _advice(status, address))
+        ask_all(self.server, asked, bodies, [prompt.id for prompt in prompts], heard, progress)
         return [answers[i] for i in range(len(prompts))]
 
     def _body(self, prompt: list[int], sampling: Sampling, seed: int) -> dict[str, Any]:
@@ -100,43 +99,6 @@ class Completions:
         else:
             body |= {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
         return {name: value for name, value in (body | dict(self.extra)).items() if value is not None}
-
-    async def _ask(
-        self,
-        names: list[str],
-        bodies: list[dict[str, Any]],
-        heard: "Callable[[int, _Said], None]",
-        progress: Callable[[int], None],
-    ) -> None:
-        left, done = iter(range(len(bodies))), 0
-
-        async def work(client: Client[_Said]) -> None:
-            nonlocal done
-            for i in left:
-                try:
-                    heard(i, await client.answer(bodies[i], names[i]))
-                except NoAnswer as error:
-                    raise ServerError(
-                        f"{names[i]}: the server gave no answer in {self.server.attempts} attempts; the last time: "
-                        f"{error}\nWhat came before is kept: the same command with resume=auto goes on from there"
-                    ) from error
-                done += 1
-
-        address = endpoint(self.server.url, PATH, f"{SETTING}.url")
-        asked = Endpoint(address, "completion", _read, lambda status: _advice(status, address))
-        async with Client(self.server, asked, asyncio.Event()) as client:
-            every = [asyncio.create_task(work(client)) for _ in range(self.server.jobs)]
-            workers = set(every)
-            try:
-                while workers:
-                    ended, workers = await asyncio.wait(workers, timeout=POLL, return_when=asyncio.FIRST_EXCEPTION)
-                    for worker in ended:
-                        worker.result()  # raises what the worker raised
-                    progress(done)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*every, return_exceptions=True)
 
     def _strange(self, said: "_Said") -> bool:
         """Whether the tokens of what was said are not those of its text, up to how white space is treated."""
@@ -169,17 +131,6 @@ class _Said:
     text: str
     tokens: list[int] | None
     cut: bool
-
-
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    """``asyncio.run``, in a thread of its own where something is running already, such as a notebook."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(work)
-    else:
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(asyncio.run, work).result()
 
 
 def _read(found: Any) -> _Said:

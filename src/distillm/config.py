@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from .data_settings import Data
 from .errors import ConfigError
@@ -17,7 +17,6 @@ from .method_settings import (
     Distillation,
     Distillm,
     DivergenceName,
-    Fraction,
     Method,
     MiniLlm,
     NonNegativeFloat,
@@ -27,111 +26,10 @@ from .method_settings import (
     PositiveInt,
     Section,
 )
+from .model_settings import Decay, Student, Teacher
 
-Decay = Annotated[float, Field(ge=0, lt=1), Number]
-Dtype = Literal["float32", "bfloat16", "float16"]
 Overlap = Literal["rouge_1", "rouge_2", "rouge_l", "rouge_lsum", "bleu", "chrf", "ter"]
 MetricName = Literal[Overlap, "exact_match", "distinct_1", "distinct_2", "repetition", "length_ratio"]
-
-
-class Model(Section):
-    """A language model: causal, or an encoder-decoder."""
-
-    path: str | None = None
-    """A model folder, a hub name, or a GGUF file."""
-    gguf_file: str | None = None
-    """The GGUF file inside `path`."""
-    tokenizer: str | None = None
-    """Where the tokenizer is, if not with the model."""
-    dtype: Dtype = "float32"
-    """The type of the weights."""
-    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
-    """How attention is computed; transformers' choice unless set."""
-    trust_remote_code: bool = False
-    """Let the model folder run its own Python code. Only for authors you trust."""
-
-
-class Lora(Section):
-    """A low-rank adapter: all that is trained."""
-
-    r: PositiveInt = 16
-    """Its rank."""
-    alpha: PositiveFloat = 32
-    """Its scale: what it adds is multiplied by alpha / r."""
-    dropout: Decay = 0.0
-    """Dropout before it, in training."""
-    targets: list[str] | None = None
-    """The linear layers that get one, by the last part of their names; all but the output layer unless set."""
-    merge: bool = True
-    """Save the student with its adapter merged into the weights; false saves the adapter alone, beside its base."""
-
-
-class Teacher(Model):
-    """The model that is imitated."""
-
-    adapter_off: bool = False
-    """Self-distillation: the student without its adapter is the teacher. It may read more than the student does, see
-    data.teacher_system and data.teacher_template."""
-    cache: Annotated[
-        Literal["auto", "off", "memory", "disk"],
-        BeforeValidator(lambda given: "off" if given is False else given),  # YAML reads a bare off as false
-    ] = "auto"
-    """Where its last hidden states are kept, so that it reads no row twice in training. disk is shared by all runs with
-    this teacher; auto takes memory where they fit in it, else disk, and keeps no row that the run reads but once."""
-    cache_folder: str | None = None
-    """Where disk keeps them: ~/.cache/distillm/teacher unless set."""
-    cache_gib: PositiveFloat = 20.0
-    """The most that the folder may hold, of all teachers together, in GiB; what was used longest ago goes first."""
-    cache_batch_size: PositiveInt | None = None
-    """Rows read at a time to be kept. With 1 a row's states do not depend on other rows in their last bits; unset is 1
-    on a CPU, where batches save little, and 32 elsewhere."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "Teacher":
-        if self.adapter_off and self.path is not None:
-            raise ValueError("give path or adapter_off, not both: with adapter_off the student is the teacher")
-        changed = [
-            n
-            for n in ("gguf_file", "tokenizer", "dtype", "attention", "trust_remote_code")
-            if getattr(self, n) != getattr(Model(), n)
-        ]
-        if self.adapter_off and changed:
-            raise ValueError(f"with adapter_off the student is the teacher: {changed[0]} says nothing; leave it out")
-        return self
-
-
-class Student(Model):
-    """The model that is trained: exactly one of `path`, `config` and `layers`."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """The type of the weights. float32 with train.mixed_precision is the safe choice; float16 cannot hold AdamW's
-    averages of small gradients."""
-    config: dict[str, Any] | None = None
-    """A transformers configuration to build the student from, such as {model_type: llama, hidden_size: 256}."""
-    layers: PositiveInt | list[NonNegativeInt] | None = None
-    """Initialise the student with so many of the teacher's layers, evenly spaced, or with these ones."""
-    decoder_layers: PositiveInt | list[NonNegativeInt] | None = None
-    """Of an encoder-decoder, the decoder's, where they are others than the encoder's."""
-    dropout: Fraction | None = None
-    """Every dropout of the model; unset leaves the model's own."""
-    lora: Lora | None = None
-    """Train a low-rank adapter in place of the weights; {} takes its defaults."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "Student":
-        given = [name for name in ("path", "config", "layers") if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none of them"
-            raise ValueError(f"give exactly one of path, config and layers (found {found})")
-        if self.gguf_file is not None and self.path is None:
-            raise ValueError(f"gguf_file is a file inside path, and {given[0]} is given instead; leave gguf_file out")
-        if self.decoder_layers is not None and self.layers is None:
-            raise ValueError("decoder_layers goes with layers (the encoder's)")
-        if self.lora is not None and not self.lora.merge and self.path is None:
-            raise ValueError(f"lora.merge=false needs a base that others can load, and {given[0]} is none; merge it")
-        if self.trust_remote_code and self.layers is not None and self.tokenizer is None:
-            raise ValueError("with layers no code but the teacher's runs; give teacher.trust_remote_code instead")
-        return self
 
 
 class Generation(Section):
@@ -334,18 +232,21 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _teacher_is_there(self) -> "Run":
-        served = self.data.responses_server is not None
+        served, teacher = self.data.responses_server is not None, self.teacher
         plain = self.method.name == "sft" or (self.method.name == "seqkd" and served)
-        reasons = {
+        scores = {
             f"method {self.method.name}": not plain,
-            "student.layers": self.student.layers is not None,
-            "data.responses=teacher": self.data.responses == "teacher" and not served,
             "validation.select=divergence": self.validation.select == "divergence",
         }
-        needs = [name for name, holds in reasons.items() if holds]
-        own = self.teacher is not None and self.teacher.adapter_off
+        writes = {
+            "student.layers": self.student.layers is not None,
+            "data.responses=teacher": self.data.responses == "teacher" and not served,
+            f"method {self.method.name}": self.method.name in ("seqkd", "minillm", "distillm2") and not plain,
+        }
+        needs = [name for name, holds in (scores | writes).items() if holds]
+        own = teacher is not None and teacher.adapter_off
         reads_more = [n for n in ("teacher_template", "teacher_system") if getattr(self.data, n) is not None]
-        if reads_more and self.teacher is None and not (served and self.teacher_writes):
+        if reads_more and teacher is None and not (served and self.teacher_writes):
             raise ValueError(f"data.{reads_more[0]} is what a teacher reads, and there is no teacher")
         if reads_more and isinstance(self.method, MiniLlm) and self.method.teacher_mix > 0:
             raise ValueError(
@@ -356,8 +257,35 @@ class Run(Section):
             raise ValueError("train.shard spreads the weights that are trained, and an adapter's are few; leave it out")
         if own and (self.student.lora is None or self.student.layers is not None):
             raise ValueError("teacher.adapter_off needs student.lora, and a student of its own (path or config)")
-        if needs and not own and (self.teacher is None or self.teacher.path is None):
+        if needs and (teacher is None or not (teacher.here or teacher.cached or teacher.server)):
             raise ValueError(f"teacher.path is missing, and {needs[0]} needs a teacher")
+        if teacher is not None and not teacher.here:
+            name = "teacher.cached" if teacher.cached else "teacher.server"
+            for reason, holds in writes.items():
+                if holds and (teacher.cached or teacher.server):
+                    raise ValueError(
+                        f"{reason} needs the teacher itself (teacher.path), and with {name} it is not here"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_elsewhere_can_score(self) -> "Run":
+        teacher, method = self.teacher, self.method
+        if teacher is None or not isinstance(method, Distillation):
+            return self
+        if teacher.cached is not None and method.sampling != "none":
+            raise ValueError(
+                f"method {method.name} (sampling {method.sampling}) trains on what the student writes, and "
+                "teacher.cached has only rows that the teacher has read before: take kd, sampling=none, or a teacher "
+                "that is here (teacher.path) or on a server (teacher.server)"
+            )
+        if teacher.server is not None and method.temperature != 1:
+            raise ValueError(
+                "teacher.server says the likeliest tokens and one bucket, which has no other temperature; leave "
+                "method.temperature out"
+            )
+        if teacher.server is not None and method.top_k is not None and method.top_k > teacher.server.top_k:
+            raise ValueError(f"method.top_k is {method.top_k}, and teacher.server.top_k only {teacher.server.top_k}")
         return self
 
 

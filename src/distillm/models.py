@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,6 +31,7 @@ from .adapters import base_of, with_saved_adapter
 from .data.tokenize import around
 from .errors import ConfigError, ModelError
 from .heads import HeadReader, head_of
+from .sharding import full
 from .types import Layout
 
 __all__ = [
@@ -141,6 +143,9 @@ def load_model(
     dropout: float | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
+    quantization: str | None = None,
+    spread: bool = False,
+    max_memory: Mapping[str, str] | None = None,
 ) -> PreTrainedModel:
     """A transformers language model, in eval mode: from a folder, a hub name or a GGUF file, or built from ``config``.
 
@@ -149,8 +154,9 @@ def load_model(
     ``config`` is a dictionary such as ``{"model_type": "llama", "hidden_size": 64}``; its weights are drawn from
     ``seed`` alone, without touching the global generators. ``dtype`` is a name such as ``float32`` or ``auto`` (as
     saved); ``device`` None is ``best_device()``. ``dropout`` sets every dropout probability of the model; None leaves
-    them. Pickled weights and a repository's own code are read only with ``trust_remote_code``. Raises ModelError,
-    or ConfigError for a bad setting.
+    them. ``quantization`` (8bit, 4bit) loads linear layers by bitsandbytes. With ``spread`` layers go to the GPUs, the
+    CPU's memory and the disk in turn, as they fit, or as ``max_memory`` allows. Pickled weights and a repository's own
+    code are read only with ``trust_remote_code``. Raises ModelError, or ConfigError for a bad setting.
     """
     if (path is None) == (config is None):
         raise ConfigError("a model needs either a path or a config (to build it from), and not both")
@@ -161,12 +167,45 @@ def load_model(
         assert config is not None
         model = _build(config, dtype, dropout, seed, trust_remote_code)
     else:
-        model = _load(path, gguf_file, dtype, dropout, trust_remote_code)
+        extra = _placed(place, dtype, quantization, spread, max_memory)
+        model = _load(path, gguf_file, dtype, dropout, trust_remote_code, extra)
+        if extra:  # which have put it where it belongs
+            return model.eval()
     return model.to(place).eval()  # pyright: ignore[reportArgumentType] (its decorator hides nn.Module.to)
 
 
+def _placed(
+    place: torch.device,
+    dtype: str | torch.dtype,
+    quantization: str | None,
+    spread: bool,
+    max_memory: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """What `from_pretrained` is told where weights are quantized, or do not all go to ``place``."""
+    found: dict[str, Any] = {}
+    if quantization is not None:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ModelError(f"quantization={quantization} needs another package: pip install 'distillm[quantization]'")
+        found["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantization == "8bit",
+            load_in_4bit=quantization == "4bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype,
+        )
+        found["device_map"] = {"": place}
+    if spread:
+        found["device_map"] = "auto"
+        found["max_memory"] = max_memory and {int(k) if k.isdigit() else k: v for k, v in max_memory.items()}
+    return found
+
+
 def _load(
-    path: str | Path, gguf_file: str | None, dtype: str | torch.dtype, dropout: float | None, trusted: bool
+    path: str | Path,
+    gguf_file: str | None,
+    dtype: str | torch.dtype,
+    dropout: float | None,
+    trusted: bool,
+    placed: Mapping[str, Any],
 ) -> PreTrainedModel:
     source, gguf_file = _locate(path, gguf_file)
     base = base_of(source)
@@ -174,7 +213,7 @@ def _load(
         if not trusted:
             _refuse_pickles(source)
         with explained(f"the adapter {path}"):
-            model = _load(base, None, dtype, dropout, trusted)
+            model = _load(base, None, dtype, dropout, trusted, placed)
             return with_saved_adapter(model, source)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     with explained(f"the model {path}"), quiet(source, gguf_file):
@@ -192,6 +231,7 @@ def _load(
             trust_remote_code=trusted,
             output_loading_info=True,
             **extra,
+            **placed,
         )
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
@@ -340,7 +380,7 @@ def fingerprint(model: nn.Module) -> str:
     """A short name of ``model``'s weights, each bit of them, that no single change leaves as it was."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{_sums(tensor)}".encode())
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{_sums(full(tensor))}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -16,11 +16,10 @@ from accelerate import Accelerator
 from . import assembly, schedules
 from .accounting import part
 from .adapters import merged
-from .assembly import Models
 from .assess import answers, measure
 from .caching import make_cache
 from .checkpoint import student_tensors, written_aside
-from .client import Server, bearer_key, endpoint, require_httpx
+from .client import Server
 from .completions import PATH, SETTING, Completions
 from .config import Run, as_yaml
 from .display import Display
@@ -28,6 +27,7 @@ from .errors import ConfigError, Interrupted, Terminated, TrainingError
 from .evaluation import rouge_l
 from .folder import RunFolder
 from .generation import generate, truncated
+from .loading import Models, connected, load_models
 from .method_settings import Distillation
 from .methods import Method
 from .models import save_model
@@ -98,7 +98,7 @@ def build(
     with part("data"):
         read = read_data(run)
     with part("loading"):
-        models = assembly.load_models(run, accelerator, display.note)
+        models = load_models(run, accelerator, display.note)
     with part("data"):
         rows = load_rows(run, read, models, display.note)
     steps = _total_steps(run, rows.train)
@@ -307,13 +307,7 @@ def _server(run: Run, note: Callable[[str], None]) -> Server | None:
     if not run.teacher_writes:
         note(f"data.responses_server is not asked: method {run.method.name} learns from the data's responses")
         return None
-    require_httpx("data.responses_server", "server")
-    endpoint(given.url, PATH, f"{SETTING}.url")
-    key = None if given.key_env is None else bearer_key(given.key_env)
-    server = Server(given.url, key, given.jobs, given.timeout, given.attempts)
-    if key is not None:
-        note(f"the key in {given.key_env} goes to {given.url}{', without encryption' if server.exposed else ''}")
-    return server
+    return connected(SETTING, PATH, given, note)
 
 
 def _completions(run: Run, models: Models, server: Server) -> Completions:

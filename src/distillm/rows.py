@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from . import sources
-from .assembly import Models, Note
 from .config import Run
 from .data import Task, all_texts, known_rows, located, read_rows, text_examples
 from .data_settings import Data, Source, part
 from .errors import ConfigError, DataError, first_of
+from .loading import Models, Note
 from .tasks import CHAT
 from .teacher import Responses
 from .types import Example, as_teacher_reads, last_turn

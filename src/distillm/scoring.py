@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .accounting import computed, part
+from .accounting import part
 from .data import collate
-from .models import HeadReader
+from .heads import HeadReader
+from .readers import Teacher, account, in_step
 from .teacher_cache import TeacherCache
 from .types import IGNORE, Example, Head, Layout, Origin, State
 
@@ -51,28 +52,25 @@ class Scored:
 
 @dataclass(frozen=True)
 class Pair:
-    """The student and, where there is one, the frozen teacher, with what is needed to read rows with them."""
+    """The student and, where there is one, whoever says what the teacher thinks of a row."""
 
     student: nn.Module
-    teacher: nn.Module | None
     read_student: HeadReader
-    read_teacher: HeadReader | None
+    teacher: Teacher | None
     num_tokens: int
     layout: Layout
     device: torch.device
-    teacher_layout: Layout | None = None
-    """The student's unless given."""
     cache: TeacherCache | None = None
     """Keeps the teacher's states of the rows that are read again."""
 
     @property
     def packed(self) -> bool:
         """Whether all that read read the rows of a batch one behind the other."""
-        return self.read_student.packed and (self.read_teacher is None or self.read_teacher.packed)
+        return self.read_student.packed and (self.teacher is None or self.teacher.packed)
 
     def layout_for(self, reader: Literal["student", "teacher"]) -> Layout:
         """How the student or the teacher is fed."""
-        return self.layout if reader == "student" or self.teacher_layout is None else self.teacher_layout
+        return self.layout if reader == "student" or self.teacher is None else self.teacher.layout
 
     def score(self, examples: Sequence[Example], state: State, *, with_teacher: bool) -> Scored:
         """Let the models read ``examples``; gradients, where they are on, reach the student alone."""
@@ -80,7 +78,7 @@ class Pair:
         target = batch.labels != IGNORE
         with part("student forward"):
             student = _one_dtype(self.read_student(self.student, batch)).narrow(self.num_tokens)
-        _account(self.student, examples)
+        account(self.student.module if isinstance(self.student, DistributedDataParallel) else self.student, examples)
         return Scored(
             student=student,
             teacher=self.teacher_head(examples) if with_teacher else None,
@@ -96,29 +94,29 @@ class Pair:
     def teacher_head(self, examples: Sequence[Example]) -> Head:
         """The teacher's head at the target tokens of ``examples``, of kept states where there are any."""
         assert self.teacher is not None
-        assert self.read_teacher is not None
-        teacher, reader = self.teacher, self.read_teacher
+        states = torch.cat([each.to(self.device) for each in self._states(examples)])
+        return _one_dtype(self.teacher.head(states)).narrow(self.num_tokens)
 
-        def read(rows: Sequence[Example]) -> tuple[Head, list[int]]:
-            batch = collate(rows, self.layout_for("teacher"), reader="teacher").to(self.device)
-            _account(teacher, rows)
-            return reader(teacher, batch), (batch.labels != IGNORE).sum(1).tolist()
+    def in_step(self, parts: Sequence[Sequence[Example]]) -> Sequence[Sequence[Example]]:
+        """``parts``, each of which the teacher is to read, once other processes that have more parts need no help."""
+        if self.teacher is None:
+            return parts
+        return in_step(self.teacher, parts, self._lend)
 
-        if self.cache is None or not reader.fused:
-            return _one_dtype(read(examples)[0]).narrow(self.num_tokens)
+    @part("teacher")
+    @torch.no_grad()
+    def _lend(self) -> None:
+        assert self.teacher is not None
+        if self.cache is None or not self.teacher.keeps:
+            self.teacher.lend()
+        else:
+            self._states([])
 
-        def states(rows: Sequence[Example]) -> Sequence[Tensor]:
-            head, counts = read(rows)
-            return head.hidden.split(counts)
-
-        hidden = torch.cat([kept.to(self.device) for kept in self.cache.states(examples, states)])
-        return _one_dtype(reader.head(hidden)).narrow(self.num_tokens)
-
-
-def _account(model: nn.Module, rows: Sequence[Example]) -> None:
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    lengths = [(row.start, len(row.tokens) - row.start) for row in rows]
-    computed(model, tokens=lengths, logits=sum(sum(row.targets) for row in rows), trained=torch.is_grad_enabled())
+    def _states(self, examples: Sequence[Example]) -> Sequence[Tensor]:
+        assert self.teacher is not None
+        if self.cache is None or not self.teacher.keeps:
+            return self.teacher.states(examples)
+        return self.cache.states(examples, self.teacher)
 
 
 def _log_probs(examples: Sequence[Example], device: torch.device) -> Tensor | None:

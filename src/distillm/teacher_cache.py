@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import time
 import zlib
 from array import array
@@ -24,11 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import ConfigError, StorageError
+from .readers import Teacher, in_step
 from .types import Example, as_teacher_reads
 from .writing import replacing, write_text
 
-Read = Callable[[Sequence[Example]], Sequence[Tensor]]
-"""Lets the teacher read rows: the states ``[n, d]`` of each row's target tokens."""
 Note = Callable[[str], None]
 
 
@@ -129,6 +129,8 @@ class Disk:
 
 
 ABOUT = "teacher.json"
+HEAD = "head"
+"""A folder beside a teacher's states: what a run needs where the teacher itself is not (``kept_teacher``)."""
 
 
 class Entry(NamedTuple):
@@ -171,6 +173,8 @@ class Kept(NamedTuple):
     rows: int
     size: int
     used: float | None
+    alone: bool
+    """Whether runs can do without the teacher itself."""
 
 
 def teachers(root: Path) -> list[Kept]:
@@ -185,7 +189,8 @@ def teachers(root: Path) -> list[Kept]:
         files = list(entries(root, described.parent.name))
         used = max((entry.used for entry in files), default=None)
         size = sum(entry.size for entry in files)
-        found.append(Kept(described.parent.name, teacher, len(files), size, used))
+        alone = (described.parent / HEAD / "head.json").exists()
+        found.append(Kept(described.parent.name, teacher, len(files), size, used, alone))
     return sorted(found, key=lambda kept: kept.used or 0, reverse=True)
 
 
@@ -206,6 +211,8 @@ def clear(root: Path, name: str | None = None) -> int:
             for entry in entries(root, kept.name):
                 entry.path.unlink(missing_ok=True)
             (root / kept.name / ABOUT).unlink(missing_ok=True)
+            if kept.alone:
+                shutil.rmtree(root / kept.name / HEAD)
             for folder in [*(root / kept.name).glob("??"), root / kept.name]:
                 with suppress(OSError):  # not empty: what is not ours stays
                     folder.rmdir()
@@ -230,8 +237,8 @@ class TeacherCache:
     batch_size: int = 1
     once: frozenset[str] = frozenset()
 
-    def states(self, rows: Sequence[Example], read: Read) -> list[Tensor]:
-        """The states of each row; ``read`` is called for those that are not kept."""
+    def states(self, rows: Sequence[Example], teacher: Teacher) -> list[Tensor]:
+        """The states of each row; ``teacher`` reads those that are not kept."""
         keys = [self._key(row) for row in rows]
         by_key = dict(zip(keys, rows, strict=True))
         found: dict[str, Tensor] = {}
@@ -244,13 +251,18 @@ class TeacherCache:
         passing = [key for key in missing if self._store(by_key[key]) is None]
         staying = [key for key in missing if self._store(by_key[key]) is not None]
         parts = [staying[at : at + self.batch_size] for at in range(0, len(staying), self.batch_size)]
-        for part in [*parts, *([passing] if passing else [])]:
-            for key, states in zip(part, read([by_key[key] for key in part]), strict=True):
+        parts = [*parts, passing] if passing else parts
+        for part in in_step(teacher, parts, teacher.lend):
+            for key, states in zip(part, teacher.states([by_key[key] for key in part]), strict=True):
                 found[key] = states
                 store = self._store(by_key[key])
                 if store is not None:
                     store.put(key, states.cpu().clone())  # not a view of the whole batch
         return [found[key] for key in keys]
+
+    def lacking(self, rows: Sequence[Example]) -> list[Example]:
+        """Those of ``rows`` of which nothing is kept."""
+        return [row for row in rows if (store := self._store(row)) is None or store.get(self._key(row)) is None]
 
     def _store(self, row: Example) -> Store | None:
         if row.origin == "student":

@@ -244,7 +244,7 @@ def validate(
     sums = torch.zeros(2, dtype=torch.float64)
     count = 0
     with torch.no_grad(), eval_mode(pair.student), whole(pair.student):
-        for rows in micro_batches(share(examples), batch_size, pair.device, packed=pair.packed):
+        for rows in pair.in_step(micro_batches(share(examples), batch_size, pair.device, packed=pair.packed)):
             scored = pair.score(rows, state, with_teacher=pair.teacher is not None)
             ones = torch.ones(len(scored.labels), device=scored.labels.device)
             sums[0] += linear_cross_entropy(scored.student, scored.labels, ones).cpu()

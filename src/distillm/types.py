@@ -129,6 +129,9 @@ class Head(NamedTuple):
 
     ``hidden`` is ``[N, d]``, ``weight`` ``[V, d]``, ``bias`` ``[V]``. Where ``weight`` is None, ``hidden`` holds the
     model's own logits ``[N, V]`` and nothing else applies.
+
+    With ``listed``, the size V of a vocabulary, no more is known than the likeliest tokens of each row: ``hidden`` is
+    ``[N, 2 k]``, the log-probabilities of k tokens and, as numbers, their ids. All others are one bucket.
     """
 
     hidden: Tensor
@@ -136,11 +139,21 @@ class Head(NamedTuple):
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    listed: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """The entries of the vocabulary, V."""
+        if self.listed is not None:
+            return self.listed
+        return self.hidden.shape[1] if self.weight is None else self.weight.shape[0]
 
     def at(self, temperature: float) -> "Head":
         """The head of the same logits divided by ``temperature``."""
         if temperature == 1.0:
             return self
+        if self.listed is not None:
+            raise ValueError("tokens that are one bucket have no distribution at another temperature")
         if self.weight is None:
             return self._replace(hidden=self.hidden / temperature)
         softcap = None if self.softcap is None else self.softcap / temperature
@@ -148,6 +161,8 @@ class Head(NamedTuple):
 
     def narrow(self, num_tokens: int) -> "Head":
         """The same head over the first ``num_tokens`` entries of the vocabulary."""
+        if self.listed is not None:
+            return self._replace(listed=num_tokens)
         if self.weight is None:
             return self._replace(hidden=self.hidden[:, :num_tokens])
         if self.weight.shape[0] == num_tokens:

@@ -30,7 +30,8 @@ def show(context: typer.Context, folder: Folder = None) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from ..caching import default_folder, size
+    from ..caching import size
+    from ..model_settings import default_folder
     from ..teacher_cache import teachers
 
     root = folder or default_folder()
@@ -67,7 +68,8 @@ def clear(
     folder: Folder = None,
 ) -> None:
     """Delete what is kept; runs that need it make it again."""
-    from ..caching import default_folder, size
+    from ..caching import size
+    from ..model_settings import default_folder
     from ..teacher_cache import clear as delete
 
     root = folder or default_folder()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..divergences import DIVERGENCES
+from ..divergences import DIVERGENCES, Bucketed, Divergence
 from ..errors import DataError
 from ..heads import eval_mode
 from ..kernels import logits
@@ -38,7 +38,8 @@ def fidelity(
     count, sums = 0, dict.fromkeys(("cross_entropy", "divergence", "agreement"), 0.0)
     bins = torch.zeros(3, NUM_BINS, dtype=torch.float64)  # tokens, sum of probabilities, right ones
     with torch.no_grad(), eval_mode(pair.student), whole(pair.student):
-        for part in micro_batches([e for e in share(examples) if any(e.targets)], batch_size, pair.device):
+        mine = [example for example in share(examples) if any(example.targets)]
+        for part in pair.in_step(micro_batches(mine, batch_size, pair.device)):
             scored = pair.score(part, State(), with_teacher=pair.teacher is not None)
             count += len(scored.labels)
             for rows in _blocks(scored.student):
@@ -48,7 +49,7 @@ def fidelity(
                 bins += _binned(top.exp(), likeliest == labels)
                 if scored.teacher is not None:
                     p = _log_probs(scored.teacher, rows)
-                    sums["divergence"] += _sum(DIVERGENCES[divergence](p, q))
+                    sums["divergence"] += _sum(_known_part(DIVERGENCES[divergence], scored.teacher)(p, q))
                     sums["agreement"] += 100 * _sum(p.argmax(-1) == likeliest)
     told = together(lambda: (count, sums, bins))
     count = sum(each[0] for each in told)
@@ -77,10 +78,14 @@ def _binned(confidence: Tensor, right: Tensor) -> Tensor:
     return bins.index_add_(1, place, columns).cpu()
 
 
+def _known_part(divergence: Divergence, teacher: Head) -> Divergence:
+    """``divergence``, with all that a teacher does not list in one bucket."""
+    return divergence if teacher.listed is None else Bucketed(divergence, teacher.hidden.shape[1] // 2)
+
+
 def _blocks(head: Head) -> Iterator[slice]:
-    num_rows, num_tokens = len(head.hidden), (head.hidden if head.weight is None else head.weight.T).shape[-1]
-    size = max(1, BLOCK_ELEMENTS // num_tokens)
-    return (slice(first, first + size) for first in range(0, num_rows, size))
+    size = max(1, BLOCK_ELEMENTS // head.num_tokens)
+    return (slice(first, first + size) for first in range(0, len(head.hidden), size))
 
 
 def _log_probs(head: Head, rows: slice) -> Tensor:

@@ -77,13 +77,15 @@ def linear_divergence(
     where shapes do not fit.
     """
     function = DIVERGENCES[_known(divergence, DIVERGENCES, "divergence")] if isinstance(divergence, str) else divergence
+    if teacher.listed is not None:  # all that it does not list is one bucket
+        top_k = min(top_k or teacher.hidden.shape[1] // 2, teacher.hidden.shape[1] // 2)
     if top_k is not None:
         function = Bucketed(function, top_k)
     num_rows = student.hidden.shape[0]
     _check_rows(num_rows, teacher=teacher.hidden, weights=weights)
-    if _vocabulary(teacher) != _vocabulary(student):
+    if teacher.num_tokens != student.num_tokens:
         raise ValueError(
-            f"the teacher's head has {_vocabulary(teacher)} entries and the student's {_vocabulary(student)}; "
+            f"the teacher's head has {teacher.num_tokens} entries and the student's {student.num_tokens}; "
             "narrow both to the entries they share (Head.narrow)"
         )
     weights = weights.detach()
@@ -178,10 +180,6 @@ def _known(name: str, names: Iterable[str], what: str) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}"
         raise ConfigError(f"unknown {what} {name!r}; {hint}")
     return name
-
-
-def _vocabulary(head: Head) -> int:
-    return head.hidden.shape[1] if head.weight is None else head.weight.shape[0]
 
 
 def _check_rows(num_rows: int, **tensors: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The definitions: plain lines of torch that form ``[N, V]`` tensors, which every other implementation must match."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -33,8 +34,23 @@ def logits(head: Head) -> Tensor:
 
     The product is made in the head's own dtype (or autocast's), all that follows in float32 (float64 stays).
     """
+    if head.listed is not None:
+        return spread(head.hidden, head.listed)
     raw = head.hidden if head.weight is None else F.linear(head.hidden, head.weight, head.bias)
     return shape_logits(raw, head)
+
+
+def spread(listed: Tensor, num_tokens: int) -> Tensor:
+    """The log-probabilities ``[n, V]`` of rows ``[n, 2 k]`` that list k of them and their tokens.
+
+    What is left of the mass is shared by the other tokens alike: as the tokens listed are the likeliest, none of the
+    others passes one of them.
+    """
+    log_p, ids = listed.chunk(2, -1)
+    rest = torch.log1p(-log_p.exp().sum(-1, keepdim=True).clamp(max=1.0))
+    others = num_tokens - log_p.shape[-1]
+    even = rest - math.log(others) if others > 0 else rest
+    return even.expand(-1, num_tokens).scatter(-1, ids.long(), log_p)
 
 
 def divergence_rows(divergence: Divergence, teacher: Head, student: Head, parameters: Parameters) -> Tensor:

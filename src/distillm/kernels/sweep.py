@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..types import Head
-from .eager import wide
+from .eager import spread, wide
 
 BYTE_BUDGET = {"cpu": 2**28}
 """Bytes by device type, beside the inputs and the gradients returned."""
@@ -83,15 +83,17 @@ class Projection:
                     hidden=hidden, weight=weight, bias=head.bias if head.bias is None else head.bias.to(dtype)
                 )
         self.head = head
-        self.num_tokens = head.hidden.shape[1] if head.weight is None else head.weight.shape[0]
+        self.num_tokens = head.num_tokens
         self.row_length = 0 if head.weight is None else math.ceil(self.num_tokens / align) * align
         self.weight, self.bias = self._padded(head.weight), self._padded(head.bias)
-        self.row_bytes = self.row_length * head.hidden.itemsize
+        self.row_bytes = (self.row_length or head.listed or 0) * head.hidden.itemsize
         self.buffer: Tensor | None = None
 
     def __call__(self, rows: slice) -> Tensor:
         """The product of ``rows``: ``[n, V]``, which the next call overwrites. The first call must be the largest."""
         hidden, weight = self.head.hidden[rows], self.weight
+        if self.head.listed is not None:
+            return spread(hidden, self.head.listed)
         if weight is None:
             return hidden
         if self.buffer is None:
