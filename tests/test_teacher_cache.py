@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +56,11 @@ def cached(pair: Pair, store: Store | None, replayed: Store | None = None, batch
 def states_of(rows: Sequence[Example]) -> list[Tensor]:
     """What stands for a teacher that has read ``rows``."""
     return [torch.tensor([[float(t), 1.0] for t in r.response]) for r in rows]
+
+
+def saying(read: Any) -> Any:
+    """A teacher whose states ``read`` gives."""
+    return SimpleNamespace(states=read, joint=False, lend=never)
 
 
 def said_by_teacher(pair: Pair, rows: Sequence[Example]) -> Tensor:
@@ -153,18 +159,18 @@ def test_states_belong_to_the_teacher_the_precision_the_tokens_and_the_targets()
 
     example = row(0, 3, 4)
     cache = TeacherCache("one", store, store)
-    cache.states([example], read)
-    cache.states([replace(example, id="other", born=9, origin="student")], read)
+    cache.states([example], saying(read))
+    cache.states([replace(example, id="other", born=9, origin="student")], saying(read))
     assert reads == ["row:0"]
     others = [
         replace(example, tokens=[*example.tokens[:-1], 5]),
         replace(example, targets=[False] * 4 + [True] * 3),
         replace(example, teacher_context=[7, 8]),
     ]
-    cache.states(others, read)
-    TeacherCache("two", store, store).states([example], read)
+    cache.states(others, saying(read))
+    TeacherCache("two", store, store).states([example], saying(read))
     with torch.autocast("cpu", torch.bfloat16):
-        cache.states([example], read)
+        cache.states([example], saying(read))
     assert len(reads) == 6
 
 
@@ -177,11 +183,11 @@ def test_a_row_that_comes_twice_is_read_once_and_rows_read_but_once_are_not_kept
 
     cache = TeacherCache("one", store, None, 2, once=frozenset({"row:8", "row:9"}))
     rows = [row(i) for i in (0, 1, 0, 2, 8, 9)] + [row(3, origin="student")]
-    found = cache.states(rows, read)
+    found = cache.states(rows, saying(read))
     assert parts == [["row:0", "row:1"], ["row:2"], ["row:8", "row:9", "row:3"]]
     assert all(torch.equal(a, b) for a, b in zip(found, states_of(rows), strict=True))
     assert len(store.held) == 3
-    cache.states(rows, read)
+    cache.states(rows, saying(read))
     assert parts[3:] == [["row:8", "row:9", "row:3"]]
 
 
@@ -213,12 +219,12 @@ import sys, torch
 from pathlib import Path
 from distillm.teacher_cache import Disk, TeacherCache
 from rows import row
-from test_teacher_cache import states_of
+from test_teacher_cache import saying, states_of
 torch.set_num_threads(1)
 cache = TeacherCache("teacher", Disk(Path(sys.argv[1]), "teacher", 2**30, print), None)
 print("ready", flush=True)
 sys.stdin.readline()
-cache.states([row(i) for i in range(int(sys.argv[2]))], states_of)
+cache.states([row(i) for i in range(int(sys.argv[2]))], saying(states_of))
 """
 
 
@@ -246,7 +252,7 @@ def test_two_processes_fill_one_cache_at_once(tmp_path: Path) -> None:
         tell(process)
     assert [process.communicate()[0] for process in both] == ["", ""]
     rows = [row(i) for i in range(200)]
-    found = TeacherCache("teacher", disk(tmp_path), None).states(rows, never)  # pyright: ignore[reportArgumentType]
+    found = TeacherCache("teacher", disk(tmp_path), None).states(rows, saying(never))
     assert all(torch.equal(a, b) for a, b in zip(found, states_of(rows), strict=True))
     assert len(list(entries(tmp_path))) == 200
     assert not list(tmp_path.rglob(".*"))
@@ -263,7 +269,7 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_is_read_wrongly(tm
     assert 5 <= written < 5000
     said, note = heard()
     rows = [row(i) for i in range(written + 5)]
-    found = TeacherCache("teacher", disk(tmp_path, note=note), None).states(rows, states_of)
+    found = TeacherCache("teacher", disk(tmp_path, note=note), None).states(rows, saying(states_of))
     assert all(torch.equal(a, b) for a, b in zip(found, states_of(rows), strict=True))
     assert said == []
 
@@ -273,7 +279,7 @@ def test_a_damaged_file_is_told_and_made_again_never_read(tmp_path: Path, harm: 
     said, note = heard()
     cache = TeacherCache("teacher", disk(tmp_path, note=note), None)
     rows = [row(0), row(1)]
-    right = cache.states(rows, states_of)
+    right = cache.states(rows, saying(states_of))
     one, other = sorted(entry.path for entry in entries(tmp_path))
     whole = one.read_bytes()
     places = range(len(whole)) if harm == "flip" else [0]
@@ -286,7 +292,7 @@ def test_a_damaged_file_is_told_and_made_again_never_read(tmp_path: Path, harm: 
             "exchange": other.read_bytes(),
         }[harm]
         one.write_bytes(content)
-        again = cache.states(rows, states_of)
+        again = cache.states(rows, saying(states_of))
         assert all(torch.equal(a, b) for a, b in zip(again, right, strict=True)), place
         assert load_file(one).keys() == {"states"}
     # A flipped bit of the header may spell the same header, such as another kind of white space.
@@ -297,10 +303,10 @@ def test_a_damaged_file_is_told_and_made_again_never_read(tmp_path: Path, harm: 
 def test_a_file_of_the_same_shape_with_no_checksum_is_not_believed(tmp_path: Path) -> None:
     said, note = heard()
     cache = TeacherCache("teacher", disk(tmp_path, note=note), None)
-    (right,) = cache.states([row(0)], states_of)
+    (right,) = cache.states([row(0)], saying(states_of))
     (entry,) = entries(tmp_path)
     save_file({"states": torch.zeros_like(right)}, entry.path)
-    assert torch.equal(cache.states([row(0)], states_of)[0], right)
+    assert torch.equal(cache.states([row(0)], saying(states_of))[0], right)
     assert len(said) == 1
 
 
@@ -309,12 +315,12 @@ import resource, sys, torch
 from pathlib import Path
 from distillm.teacher_cache import Disk, TeacherCache
 from rows import row
-from test_teacher_cache import states_of
+from test_teacher_cache import saying, states_of
 cache = TeacherCache("teacher", Disk(Path(sys.argv[1]), "teacher", 2**30, print), None)
-cache.states([row(0)], states_of)
+cache.states([row(0)], saying(states_of))
 resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))  # from here on no file can grow beyond 64 bytes
 rows = [row(i) for i in range(9)]
-found = cache.states(rows, states_of)
+found = cache.states(rows, saying(states_of))
 assert all(torch.equal(a, b) for a, b in zip(found, states_of(rows), strict=True))
 """
 
@@ -342,17 +348,17 @@ def test_a_folder_that_cannot_be_made_is_an_error_that_names_the_setting(tmp_pat
 
 def test_what_was_used_longest_ago_leaves_when_the_folder_is_full(tmp_path: Path) -> None:
     cache = TeacherCache("teacher", disk(tmp_path), None)
-    cache.states([row(i) for i in range(20)], states_of)
+    cache.states([row(i) for i in range(20)], saying(states_of))
     sizes = [entry.size for entry in entries(tmp_path)]
     for number, entry in enumerate(sorted(entries(tmp_path), key=lambda e: e.used)):
         os.utime(entry.path, (number, number))
     oldest = sorted(entries(tmp_path), key=lambda e: e.used)
     full = sum(sizes)
     bounded = TeacherCache("teacher", disk(tmp_path, limit=full), None)
-    bounded.states([row(i) for i in range(20)], never)  # pyright: ignore[reportArgumentType]
+    bounded.states([row(i) for i in range(20)], saying(never))
     for number, entry in enumerate(oldest):
         os.utime(entry.path, (number, number))
-    bounded.states([row(100)], states_of)
+    bounded.states([row(100)], saying(states_of))
     left = list(entries(tmp_path))
     assert sum(entry.size for entry in left) <= full
     gone = {entry.path for entry in oldest} - {entry.path for entry in left}

@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_student_as_it_was(name: 
     pair = tiny_pair(dtype=torch.float32, tie_word_embeddings=False)
 
     def poison() -> None:
-        model: Any = getattr(pair, reader)
+        model: Any = pair.student if reader == "student" else teacher_of(pair)
         with torch.no_grad():
             model.get_input_embeddings().weight[RARE, 0] = value  # only one row reads it
 

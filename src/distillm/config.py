@@ -243,7 +243,7 @@ class Run(Section):
             "data.responses=teacher": self.data.responses == "teacher" and not served,
             f"method {self.method.name}": self.method.name in ("seqkd", "minillm", "distillm2") and not plain,
         }
-        needs = [name for name, holds in (scores | writes).items() if holds]
+        needs = [name for name, holds in (*scores.items(), *writes.items()) if holds]
         own = teacher is not None and teacher.adapter_off
         reads_more = [n for n in ("teacher_template", "teacher_system") if getattr(self.data, n) is not None]
         if reads_more and teacher is None and not (served and self.teacher_writes):
