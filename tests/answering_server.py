@@ -29,6 +29,7 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     usage: Mapping[str, Any] | None = field(default_factory=lambda: {"prompt_tokens": 100, "completion_tokens": 7})
     finish: str = "stop"
+    scored: Mapping[str, Any] = field(default_factory=dict[str, Any])
     before: float = 0.0
     drip: float = 0.0
 
@@ -95,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = server.script(body["messages"][0]["content"] if chat else json.dumps(body["prompt"]), before)
         time.sleep(answer.before)
         said = {"message": {"role": "assistant", "content": answer.text}} if chat else {"text": answer.text}
-        choice = said | {"finish_reason": answer.finish}
+        choice = said | {"finish_reason": answer.finish} | dict(answer.scored)
         if body.get("return_token_ids") and answer.tokens is not None:
             choice["token_ids"] = answer.tokens
         usage = {} if answer.usage is None else {"usage": dict(answer.usage)}

@@ -10,6 +10,7 @@ from torch import distributed
 from distillm.config import make_run
 from distillm.errors import DistillmError
 from distillm.pipeline import distill
+from distillm.processes import leave
 
 
 def main() -> None:
@@ -20,9 +21,11 @@ def main() -> None:
             settings: dict[str, Any] = json.load(file)
         try:
             distill(make_run(settings))
+            distributed.barrier()  # one run's models are gone in all processes before the next one's are made
         except DistillmError as error:
             sys.stderr.write(f"\n{type(error).__name__} in {distributed.get_rank()}: {error}\n")
 
 
 if __name__ == "__main__":
     main()
+    leave()

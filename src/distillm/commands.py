@@ -15,14 +15,16 @@ from .display import Display
 from .errors import ConfigError, DataError
 from .evaluation import Result
 from .evaluation.run import seeds_used
+from .kept_teacher import KeptTeacher, keep
 from .models import load_model, load_tokenizer, num_parameters, save_model
 from .project import build
+from .readers import LocalTeacher
 from .report.text import parameter_count
 from .rows import check_room, end_of_response, placed, read_source, task_of, tokenised
 from .shrinking import shrink as shrunk
 from .tasks import CHAT
 from .train import micro_batches
-from .vocabulary import train_tokenizer
+from .vocabulary import end_ids, train_tokenizer
 
 
 def score(run: Run, data: Mapping[str, str], system: Literal["student", "teacher"] = "student") -> Iterator[Result]:
@@ -109,7 +111,9 @@ def respond(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def warm(run: Run, display: Display) -> str:
-    """Let the run's teacher read the training and validation rows that its cache has not; returns what was done.
+    """Let the run's teacher read the rows of the run that its cache has not; returns what was done.
+
+    Beside its states goes what makes heads of them, so that a run on these rows can do without the teacher.
 
     Raises:
         ConfigError: the run has no teacher, or one whose states are not kept.
@@ -118,10 +122,13 @@ def warm(run: Run, display: Display) -> str:
         raise ConfigError("the run has no teacher whose states could be kept")
     project = build(run, display)
     pair = project.models.pair
+    if isinstance(pair.teacher, KeptTeacher):
+        raise ConfigError("teacher.cached means that the teacher is not here: nobody can read more rows")
     if pair.cache is None:
         raise ConfigError("this teacher's states are not kept: its logits are formed whole")
     # As in a run: rows are trained on in mixed precision, where it is set, and validated on without.
-    sets = [(project.train, project.accelerator.autocast), (project.validation, nullcontext)]
+    scored = [project.validation, *project.tests.values()]
+    sets = [(project.train, project.accelerator.autocast), *((rows, nullcontext) for rows in scored)]
     done, total = 0, sum(any(e.targets) for rows, _ in sets for e in rows.examples)
     with display.phase("the teacher reads", total) as advance:
         for rows, precision in sets:
@@ -131,7 +138,12 @@ def warm(run: Run, display: Display) -> str:
                     pair.teacher_head(part)
                 done += len(part)
                 advance(done)
-    return f"{total} rows are kept; train with teacher.cache=disk"
+    kept = f"{total} rows are kept; train with teacher.cache=disk"
+    if not isinstance(pair.teacher, LocalTeacher) or run.teacher.adapter_off:
+        return kept
+    ends = end_ids(pair.teacher.model, project.models.tokenizer)
+    keep(run.teacher.folder / pair.cache.teacher, pair.teacher, project.models.tokenizer, ends)
+    return f"{kept}. Where the teacher is not, a copy of {run.teacher.folder} does: teacher.cached={pair.cache.teacher}"
 
 
 def as_rows(run: Run, prompts: Sequence[str]) -> list[dict[str, Any]]:

@@ -315,8 +315,11 @@ def _finish(project: Project) -> None:
     with part("saving"):
         save_student(project.run, models, folder.student)
     _score_tests(project, models.student, "student")
-    if models.teacher is not None and "teacher" in project.run.evaluation.compare:
-        _score_tests(project, models.teacher, "teacher")
+    if "teacher" in project.run.evaluation.compare:
+        if models.teacher is not None:
+            _score_tests(project, models.teacher, "teacher")
+        elif models.pair.teacher is not None:
+            project.display.note("the teacher's own answers are not scored: it is not here to write any")
     if project.run.tracker != "none":
         project.accelerator.end_training()
 

@@ -91,5 +91,11 @@ def anyone(holds: bool) -> bool:
     return any(together(lambda: holds))
 
 
+def leave() -> None:
+    """Leave the group of processes, if there is one: a process that ends within it may be aborted by torch's threads."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def _several() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

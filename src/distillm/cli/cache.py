@@ -21,7 +21,8 @@ cache_app = typer.Typer(
 
 @cache_app.callback()
 def show(context: typer.Context, folder: Folder = None) -> None:
-    """List the teachers whose hidden states are kept: how many rows, how large, when last used.
+    """List the teachers whose hidden states are kept: how many rows, how large, when last used, and whether runs can do
+    with them alone, without the teacher itself (teacher.cached=NAME).
 
     \b
     distillm cache
@@ -39,10 +40,10 @@ def show(context: typer.Context, folder: Folder = None) -> None:
     if not found:
         typer.echo(f"{root}: nothing is kept")
         return
-    table = Table("Name", "Teacher", "Rows", "Size", "Last used", title=str(root))
+    table = Table("Name", "Teacher", "Rows", "Size", "Last used", "Alone", title=str(root))
     for kept in found:
         used = "" if kept.used is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.used))
-        table.add_row(kept.name, kept.teacher, str(kept.rows), size(kept.size), used)
+        table.add_row(kept.name, kept.teacher, str(kept.rows), size(kept.size), used, "yes" if kept.alone else "")
     plain_console().print(table)
 
 
@@ -51,7 +52,7 @@ def warm(
     source: Annotated[str, typer.Argument(metavar="YAML|RECIPE|RUN", help="Whose teacher reads which rows.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> None:
-    """Let the run's teacher read its training and validation rows, so that no run with them waits for it.
+    """Let the run's teacher read the rows of the run, so that no run with them waits for it, or even needs it here.
 
     Stopped, the same command goes on where it stopped. The run then needs `teacher.cache=disk`.
     """

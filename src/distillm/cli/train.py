@@ -36,11 +36,14 @@ def train(
         run = run.model_copy(update={"output": source})
     from ..display import Display
     from ..pipeline import distill
-    from ..processes import writes
+    from ..processes import leave, writes
     from ..report import compare_table
 
     display = Display()
-    folder = distill(run, display, "distillm " + " ".join(sys.argv[1:]))
+    try:
+        folder = distill(run, display, "distillm " + " ".join(sys.argv[1:]))
+    finally:
+        leave()
     if writes() and list((folder / "eval").glob("*.json")):
         show_comparison(compare_table([folder]))
 
