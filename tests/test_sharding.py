@@ -22,6 +22,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bfloat16": {"train.mixed_precision": "bf16"},
     "another loss": {"data.text": None},
 }
+TEACHERS: dict[str, dict[str, Any]] = {
+    "kept": {},
+    "read anew": {"teacher.cache": "off"},
+    "on disk": {"teacher.cache": "disk"},
+    "a student that is replicated": {"train.shard": False},
+    "a teacher that writes": {"method": METHODS["distillm2"], "data.text": None},
+    "a teacher that is mixed in": {"method": METHODS["minillm"] | {"teacher_mix": 0.3}},
+}
+"""With the teacher's weights spread, too."""
 KINDS = {"t5": "kd", "gemma2": "gkd"}
 """Not a kind whose keys have a bias: its gradient is nothing but rounding, which AdamW makes large."""
 
@@ -37,6 +46,8 @@ def wanted(name: str) -> tuple[str, dict[str, Any]]:
         return "llama", changes_of(name)
     if name in KINDS:
         return name, changes_of(KINDS[name])
+    if name in TEACHERS:
+        return "llama", changes_of("distillm") | TEACHERS[name]
     return "llama", changes_of("distillm") | OPTIONS[name]
 
 
@@ -53,15 +64,19 @@ def _folder(made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     for name in (*METHODS, *OPTIONS, *KINDS):
         kind, changes = wanted(name)
         runs.append(settings(made[kind], folder / "two" / name, changes | SHARDED))
+    for name in TEACHERS:
+        changes = {"teacher.placement": "shard", "teacher.cache_folder": str(folder / "cache")} | SHARDED
+        runs.append(settings(made["llama"], folder / "two" / name, changes | wanted(name)[1]))
     again = [given("whole", 8), given("parts", 4), given("parts", 8, resume="auto"), given("alone", 4)]
     run_together(folder, [*runs, *again])
     return folder
 
 
-@pytest.mark.parametrize("name", [*METHODS, *OPTIONS, *KINDS])
+@pytest.mark.parametrize("name", [*METHODS, *OPTIONS, *KINDS, *TEACHERS])
 def test_a_sharded_student_makes_the_run_of_one_process(made: dict[str, Path], folder: Path, name: str) -> None:
     kind, changes = wanted(name)
     alone = {key: value for key, value in changes.items() if key != "train.cpu_offload"}
+    alone["teacher.cache"] = "off" if changes.get("teacher.cache") == "off" else "memory"
     assert_same_as_one(distill(make_run(settings(made[kind], folder / "one" / name, alone))), folder / "two" / name)
 
 

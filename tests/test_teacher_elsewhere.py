@@ -83,7 +83,7 @@ def test_kd_on_what_was_kept_is_the_run_with_the_teacher(away: Away) -> None:
     assert same_weights(weights(alone), weights(away.whole))
     assert any("is not here" in said for said in display.said)
     mine, theirs = scores(away.whole), scores(alone)
-    assert set(mine) - set(theirs) == {"numbers-teacher"}
+    assert set(mine) - set(theirs) == {"numbers-teacher.json"}
     for file, result in theirs.items():
         assert result["scores"] == mine[file]["scores"]
         assert "divergence" in result["scores"]
@@ -242,7 +242,7 @@ def test_a_run_with_a_server_is_the_run_with_the_teacher_and_the_same_bucket(
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-3)
     for name, tensor in weights(here).items():
         torch.testing.assert_close(weights(found)[name], tensor, rtol=1e-3, atol=1e-4)
-    assert "divergence" in scores(found)["numbers-student"]["scores"]
+    assert "divergence" in scores(found)["numbers-student.json"]["scores"]
 
 
 def test_a_server_is_asked_about_each_row_once(made: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def anyone(holds: bool) -> bool:
 
 
 def leave() -> None:
-    """Leave the group of processes, if there is one: a process that ends within it may be aborted by torch's threads."""
+    """Leave the group of processes, if there is one: who ends as a member may be aborted by torch's own threads."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 

@@ -111,6 +111,7 @@ class Pair:
             self.teacher.lend()
         else:
             self._states([])
+        self.teacher.head(torch.empty(0))  # which may have to gather the unembedding
 
     def _states(self, examples: Sequence[Example]) -> Sequence[Tensor]:
         assert self.teacher is not None

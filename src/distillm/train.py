@@ -131,9 +131,9 @@ def _backward(
     parts = _parts(pair, rows, active, size)
     sums: list[dict[str, Tensor]] = []
     watched: list[dict[str, tuple[Tensor, int]]] = []
-    for micro in parts:
+    for number, micro in enumerate(parts, 1):
         here = [(term, micro.scale * weight / count) for term, weight, count in active if term.count(micro.rows)]
-        with within_step(pair.student, last=micro is parts[-1]):
+        with within_step(pair.student, last=number == len(parts)):
             with accelerator.autocast():
                 scored = pair.score(micro.rows, state, with_teacher=micro.reads_teacher)
                 with part("loss"):
