@@ -11,6 +11,7 @@ from distillm.errors import ConfigError, ModelError
 from distillm.heads import head_of
 from distillm.models import fingerprint, load_model, num_parameters
 from distillm.pipeline import distill
+from distillm.shrinking import shrink
 from tiny import save, tiny_model, tiny_tokenizer
 from tiny_run import Heard, figures, materials, same_weights, scores, settings, tiny_run, weights
 
@@ -63,6 +64,7 @@ def test_a_teacher_spread_over_memory_and_disk_makes_the_same_run(made: Path, tm
     found = distill(tiny_run(made, tmp_path / "found", changes | spread))
     assert figures(found) == figures(whole)
     assert same_weights(weights(found), weights(whole))
+    assert scores(found)["numbers-teacher.json"]["predictions"] == scores(whole)["numbers-teacher.json"]["predictions"]
 
 
 def test_some_of_a_spread_teacher_is_really_on_disk(made: Path) -> None:
@@ -70,6 +72,15 @@ def test_some_of_a_spread_teacher_is_really_on_disk(made: Path) -> None:
     places = {str(place) for place in model.hf_device_map.values()}
     assert places == {"cpu", "disk"}
     assert num_parameters(model) == num_parameters(load_model(made / "teacher"))
+
+
+def test_a_spread_teacher_has_the_fingerprint_and_the_layers_of_the_whole_one(made: Path) -> None:
+    spread = load_model(made / "teacher", spread=True, max_memory={"cpu": "10KB"})
+    whole = load_model(made / "teacher")
+    assert fingerprint(spread) == fingerprint(whole)
+    assert head_of(spread).fused
+    mine, theirs = shrink(spread, 1).state_dict(), shrink(whole, 1).state_dict()
+    assert all(torch.equal(tensor, mine[name]) for name, tensor in theirs.items())
 
 
 def test_without_a_launcher_a_teacher_is_not_spread_over_processes(made: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .accounting import computed, part
 from .data.collate import lay_out_prompts
 from .errors import TrainingError, first_of
-from .heads import eval_mode
+from .heads import eval_mode, where
 from .processes import count, dealt, share, together
 from .sharding import whole
 from .types import Example, Layout, Origin, answer, asked_of
@@ -274,7 +274,7 @@ def _respond(
     mixture: Mixture | None,
     keep_log_probs: bool,
 ) -> _Drawn:
-    device = model.device
+    device = where(model)
     dtype = torch.float32 if device.type == "mps" else torch.float64
     given = {name: value.to(device) for name, value in lay_out_prompts(contexts, layout).items()}
     # What is compiled is compiled for training: a cache that grows would have it compiled anew at every length.

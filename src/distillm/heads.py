@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,12 +80,19 @@ def head_of(model: Any) -> HeadReader:
         return _own_logits(model, f"its output layer is {type(unembedding).__name__}, not a plain linear one")
     with torch.no_grad(), eval_mode(model):
         seen = _observations(model, unembedding)
-    for scale in _scales(model.config):
-        for softcap in _softcaps(model.config):
-            reader = HeadReader(model, unembedding, scale, softcap)
-            if seen and all(_reproduces(reader, hidden, logits) for hidden, logits in seen):
-                return reader
+    with align_module_device(unembedding):
+        for scale in _scales(model.config):
+            for softcap in _softcaps(model.config):
+                reader = HeadReader(model, unembedding, scale, softcap)
+                if seen and all(_reproduces(reader, hidden, logits) for hidden, logits in seen):
+                    return reader
     return _own_logits(model, "its logits are not its output layer's, scaled and soft-capped in a known way")
+
+
+def where(model: Any) -> torch.device:
+    """Where ``model`` takes its inputs: of layers that wait on disk none says so, and they take them from anywhere."""
+    device: torch.device = model.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def packing(reader: HeadReader) -> HeadReader:
@@ -99,7 +107,7 @@ def packing(reader: HeadReader) -> HeadReader:
     if model.config.is_encoder_decoder or "position_ids" not in inspect.signature(model.forward).parameters:
         raise ModelError(f"{type(model).__name__} takes no positions that begin anew for each row: leave packing out")
     weight = model.get_input_embeddings().weight
-    ids = torch.randint(weight.shape[0], (2, 8), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    ids = torch.randint(weight.shape[0], (2, 8), generator=torch.Generator().manual_seed(0)).to(where(model))
     mask = torch.ones_like(ids)
     mask[0, 5:] = 0
 
@@ -168,7 +176,7 @@ def _observations(model: Any, unembedding: nn.Linear) -> list[tuple[Tensor, Tens
     """
     generator = torch.Generator().manual_seed(0)
     num_ids = min(model.get_input_embeddings().weight.shape[0], unembedding.weight.shape[0])
-    ids = torch.randint(num_ids, (2, 6), generator=generator).to(unembedding.weight.device)
+    ids = torch.randint(num_ids, (2, 6), generator=generator).to(where(model))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids.flip(1)
@@ -196,12 +204,14 @@ def _reproduces(reader: HeadReader, hidden: Tensor, logits: Tensor) -> bool:
     head = reader.head(hidden)
     assert head.weight is not None
     wide = torch.promote_types(logits.dtype, torch.float32)
-    z = F.linear(head.hidden.to(wide), head.weight.to(wide), None if head.bias is None else head.bias.to(wide))
+    device = head.weight.device
+    bias = None if head.bias is None else head.bias.to(device, wide)
+    z = F.linear(head.hidden.to(device, wide), head.weight.to(wide), bias)
     z = z * head.scale
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
     tolerance = max(1e-4, 4 * torch.finfo(head.weight.dtype).eps, 4 * torch.finfo(logits.dtype).eps)
-    return bool((z - logits).abs().max() <= tolerance * logits.abs().max())
+    return bool((z - logits.to(device)).abs().max() <= tolerance * logits.abs().max())
 
 
 def _forward(model: Any, inputs: dict[str, Tensor]) -> Any:

@@ -5,13 +5,14 @@ import hashlib
 import importlib
 import importlib.util
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from accelerate.utils import align_module_device
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -379,9 +380,21 @@ def quiet(source: Path, gguf_file: str | None) -> Generator[None]:
 def fingerprint(model: nn.Module) -> str:
     """A short name of ``model``'s weights, each bit of them, that no single change leaves as it was."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights_of(model):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{_sums(full(tensor))}".encode())
     return digest.hexdigest()[:16]
+
+
+def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The entries of ``model``'s state, those that wait on disk or in another memory read one after the other."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_meta:
+            yield name, tensor
+            continue
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        with align_module_device(owner):
+            yield name, cast(Tensor, getattr(owner, leaf))
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

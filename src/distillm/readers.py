@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -81,21 +82,24 @@ class LocalTeacher:
 
     def states(self, rows: Sequence[Example]) -> Sequence[Tensor]:
         """As in ``Teacher``."""
-        batch = collate(rows, self.layout, reader="teacher").to(self.model.device)
+        batch = collate(rows, self.layout, reader="teacher").to(self.device)
         account(self.model, rows)
         counts = (batch.labels != IGNORE).sum(1).tolist()
         return self.reader(self.model, batch).hidden.split(counts)
 
     def head(self, states: Tensor) -> Head:
         """As in ``Teacher``."""
-        if not self.reader.fused:
+        unembedding = self.reader.unembedding
+        if unembedding is None:
             return Head(states, None)
         if isinstance(self.model, FSDPModule):
             self.model.unshard()  # the part with the unembedding, which stays so: nothing trains it
         head = self.reader.head(states)
         if head.weight is not None and head.weight.device != self.device:
             if self._copied is None:
-                self._copied = [x if x is None else x.to(self.device) for x in (head.weight, head.bias)]
+                with align_module_device(unembedding):  # which may wait on disk
+                    weight, bias = self.reader.head(states)[1:3]
+                    self._copied = [x if x is None else x.to(self.device, copy=True) for x in (weight, bias)]
             head = head._replace(weight=self._copied[0], bias=self._copied[1])
         return head
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .errors import ModelError
-from .models import explained, quiet, set_dropout
+from .heads import where
+from .models import explained, quiet, set_dropout, weights_of
 
 Layers = int | Sequence[int]
 
@@ -45,7 +46,7 @@ def shrink(
             setattr(config, setting, len(kept[name]))
     set_dropout(config, dropout)
     weights: dict[str, Tensor] = {}
-    for name, tensor in teacher.state_dict().items():
+    for name, tensor in weights_of(teacher):
         new_name = _renamed(name, stacks, kept)
         if new_name is not None:
             weights[new_name] = tensor.detach().clone()
@@ -61,7 +62,7 @@ def shrink(
             "its layers differ by position, so keep a pattern that repeats (and the first one)"
         )
     student.generation_config = copy.deepcopy(teacher.generation_config)
-    return student.to(teacher.device).eval()
+    return student.to(where(teacher)).eval()
 
 
 class _Stack(NamedTuple):
