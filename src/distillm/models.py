@@ -31,6 +31,7 @@ from .adapters import base_of, with_saved_adapter
 from .data.tokenize import around
 from .errors import ConfigError, ModelError
 from .heads import HeadReader, head_of
+from .paths import home, is_dir, is_file
 from .types import Layout
 
 __all__ = [
@@ -115,7 +116,7 @@ def load_tokenizer(
     no embedding is added. Raises ModelError where there is no tokenizer.
     """
     source, gguf_file = _locate(path, gguf_file)
-    if gguf_file is None and source.is_dir() and not any(any(source.glob(name)) for name in _TOKENIZER_FILES):
+    if gguf_file is None and is_dir(source) and not any(any(source.glob(name)) for name in _TOKENIZER_FILES):
         raise ModelError(
             f"{source} holds no tokenizer: copy tokenizer.json and tokenizer_config.json there from the model it came "
             "from, name another folder as its tokenizer, or train one with `distillm tokenizer`"
@@ -271,18 +272,18 @@ def _set_dropout(config: PretrainedConfig, dropout: float | None) -> None:
 
 def _locate(path: str | Path, gguf_file: str | None) -> tuple[Path, str | None]:
     """The folder or hub name, and the GGUF file in it if there is one."""
-    source = Path(path).expanduser()
+    source = home(path)
     if gguf_file is None and source.suffix == ".gguf":
         source, gguf_file = source.parent, source.name
     if gguf_file is not None and importlib.util.find_spec("gguf") is None:
         raise ModelError(f"reading the GGUF file {gguf_file} needs another package: pip install 'distillm[gguf]'")
-    if source.is_file():
+    if is_file(source):
         raise ModelError(f"{source} is a file: give the folder it is in, or a .gguf file")
     # With a folder here of the owner's name, owner/name is a path that was mistyped.
     local = source.is_absolute() or str(path).startswith((".", "~")) or len(source.parts) > 2
-    if not source.is_dir() and (local or (len(source.parts) == 2 and source.parent.is_dir())):
+    if not is_dir(source) and (local or (len(source.parts) == 2 and is_dir(source.parent))):
         raise ModelError(f"there is no folder {source}: give a model folder, a .gguf file, or a hub name (owner/name)")
-    if gguf_file is not None and source.is_dir() and not (source / gguf_file).is_file():
+    if gguf_file is not None and is_dir(source) and not is_file(source / gguf_file):
         raise ModelError(f"there is no file {source / gguf_file}")
     return source, gguf_file
 
@@ -327,7 +328,7 @@ def _explained(what: str) -> Generator[None]:
 def _quiet(source: Path, gguf_file: str | None) -> Generator[None]:
     """No progress bars while a local folder is read; a download keeps its own."""
     with ExitStack() as after:
-        if source.is_dir() and logging.is_progress_bar_enabled():
+        if is_dir(source) and logging.is_progress_bar_enabled():
             logging.disable_progress_bar()
             after.callback(logging.enable_progress_bar)
         if gguf_file is not None:
