@@ -114,7 +114,9 @@ def test_nested_settings_with_a_value_of_another_type_are_taken_or_refused(key: 
     section: Any = found
     *above, last = key.split(".")
     for part in above:
-        section = section.setdefault(part, {})
+        if not isinstance(section.get(part), dict):
+            section[part] = {}
+        section = section[part]
     section[last] = value
     outcome(lambda: make_run(found))
 
