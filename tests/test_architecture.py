@@ -40,6 +40,7 @@ LEVELS = {
         "kernels/",
         "data/",
         "models.py",
+        "trust.py",
         "heads.py",
         "vocabulary.py",
         "generation.py",

@@ -32,6 +32,7 @@ from .data.tokenize import around
 from .errors import ConfigError, ModelError
 from .heads import HeadReader, head_of
 from .paths import home, is_dir, is_file
+from .trust import refuse_kernels, refuse_pickles
 from .types import Layout
 
 __all__ = [
@@ -48,7 +49,10 @@ __all__ = [
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError)
+_LOADING_ERRORS = (
+    *(OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError),
+    SafetensorError,
+)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece*")
 _DROPOUT = re.compile(
     r"^(?!classifier|summary|moe_token|adaptor|speech|t2u|var_pred).*(dropout(_prob|_rate|_p)?|pdrop)$"
@@ -175,18 +179,20 @@ def _load(
     base = base_of(source)
     if base is not None:
         if not trusted:
-            _refuse_pickles(source)
+            refuse_pickles(source)
         with _explained(f"the adapter {path}"):
             model = _load(base, None, dtype, dropout, trusted)
             return with_saved_adapter(model, source)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     with _explained(f"the model {path}"), _quiet(source, gguf_file):
         config = AutoConfig.from_pretrained(source.as_posix(), trust_remote_code=trusted, **extra)
+        if not trusted:
+            refuse_kernels(config, source)
         _set_dropout(config, dropout)
         if gguf_file is not None:
             extra |= _dequantized()
         elif not trusted:
-            _refuse_pickles(source)
+            refuse_pickles(source)
             extra["use_safetensors"] = True
         model, report = _auto_class(config).from_pretrained(
             source.as_posix(),
@@ -286,15 +292,6 @@ def _locate(path: str | Path, gguf_file: str | None) -> tuple[Path, str | None]:
     if gguf_file is not None and is_dir(source) and not is_file(source / gguf_file):
         raise ModelError(f"there is no file {source / gguf_file}")
     return source, gguf_file
-
-
-def _refuse_pickles(source: Path) -> None:
-    pickles = [p.name for p in sorted(source.glob("*")) if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-    if pickles and not any(source.glob("*.safetensors")):
-        raise ModelError(
-            f"the weights of {source} are pickled ({pickles[0]}), and unpickling can run any code: save them as "
-            "safetensors (save_pretrained does), or set trust_remote_code if you trust their author"
-        )
 
 
 def _dequantized() -> dict[str, Any]:
