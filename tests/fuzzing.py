@@ -1,5 +1,6 @@
 """What the fuzz tests share: how many examples, odd values and bytes, and what may come of them."""
 
+import os
 import random
 import re
 from collections.abc import Callable
@@ -36,10 +37,20 @@ odd_texts = st.sampled_from(ODD_TEXTS) | st.text(max_size=20)
 odd_values = st.sampled_from(ODD_VALUES) | odd_texts
 
 
+TIMES = int(os.environ.get("DISTILLM_FUZZ", "1"))
+"""More examples than `make test` takes, and others each time: DISTILLM_FUZZ=20 pytest tests/test_fuzz.py."""
+
+
 def fuzz(examples: int) -> settings:
     """The same examples every time, and as many as are asked for."""
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-    return settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=slow)
+    return settings(
+        max_examples=examples * TIMES,
+        derandomize=TIMES == 1,
+        database=None,
+        deadline=None,
+        suppress_health_check=slow,
+    )
 
 
 def outcome(work: Callable[[], Any]) -> Any:

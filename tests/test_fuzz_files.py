@@ -16,9 +16,13 @@ from pyarrow import parquet
 from command_line import distillm
 from distillm.data import Task, read_rows
 from distillm.errors import DataError
+from distillm.judge.scoring import read_answers
+from distillm.models import load_model, load_tokenizer
+from distillm.report import compare_table, with_differences, write_report
+from fabricated_run import fabricate
 from fuzzing import ODD_TEXTS, check_message, fuzz, odd_values, outcome
 from fuzzing import damaged as broken
-from tiny import tiny_tokenizer
+from tiny import save, tiny_causal, tiny_tokenizer
 
 ROWS = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("one", "two, three", '"four"\nfive')]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -169,3 +173,49 @@ def test_a_process_of_its_own_ends_without_a_traceback(folder: Path, name: str):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     check_message(done.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------- runs, models
+
+
+@pytest.fixture(name="run", scope="module")
+def _run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fabricate(tmp_path_factory.mktemp("runs") / "run", num_steps=10, every=5, num_samples=1)
+
+
+@given(
+    st.sampled_from(["run.yaml", "metrics.jsonl", "samples.jsonl", "eval/kitchen-student.json"]), st.integers(0, 2**32)
+)
+@fuzz(150)
+def test_a_run_folder_with_something_broken_is_shown_or_refused(run: Path, name: str, seed: int):
+    whole = (run / name).read_bytes()
+    (run / name).write_bytes(broken(whole, random.Random(seed)))
+    try:
+        outcome(lambda: with_differences(compare_table([run]), "before"))
+        if seed % 5 == 0:
+            outcome(lambda: write_report([run], run.parent / "report.html"))
+        if name.startswith("eval"):
+            outcome(lambda: read_answers(run / name))
+    finally:
+        (run / name).write_bytes(whole)
+
+
+@given(
+    st.sampled_from(["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]),
+    st.integers(0, 2**32),
+)
+@fuzz(100)
+def test_a_model_folder_with_something_broken_is_loaded_or_refused(model: Path, name: str, seed: int):
+    whole = (model / name).read_bytes()
+    (model / name).write_bytes(broken(whole, random.Random(seed)))
+    try:
+        outcome(lambda: load_tokenizer(model))
+        if name != "tokenizer.json":
+            outcome(lambda: load_model(model, device="cpu"))
+    finally:
+        (model / name).write_bytes(whole)
+
+
+@pytest.fixture(name="model", scope="module")
+def _model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny_causal(), TOKENIZER, tmp_path_factory.mktemp("models") / "model")

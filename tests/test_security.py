@@ -385,3 +385,25 @@ def test_archives_and_pickles_are_no_data(name: str, tmp_path: Path):
     (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
     assert "cannot read" in refused("tokenizer", tmp_path / name, "-o", tmp_path / "new")
     assert untouched()
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+
+def test_every_test_that_the_page_names_is_there():
+    """A name that ends in ... is the beginning of one."""
+    here = Path(__file__).parent
+    text = (here.parent / "docs" / "security.md").read_text(encoding="utf-8")
+    there = {name for path in here.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    named = re.findall(r"`(test_\w+)(\.\.\.)?`", text)
+    assert len(named) > 20
+    for name, cut in named:
+        assert any(one.startswith(name) if cut else one == name for one in there), name
+
+
+def test_the_page_counts_the_ways_out_and_the_generated_inputs():
+    here = Path(__file__).parent
+    text = (here.parent / "docs" / "security.md").read_text(encoding="utf-8")
+    fuzzed = "".join((here / name).read_text() for name in ("test_fuzz.py", "test_fuzz_files.py"))
+    assert f"{len(ESCAPES)} known ways" in text
+    assert f"({sum(map(int, re.findall(r'^@fuzz.(.*).$', fuzzed, re.M))):,} generated inputs" in text
