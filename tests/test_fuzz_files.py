@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from command_line import distillm
 from distillm.data import Task, read_rows
-from distillm.errors import DataError
+from distillm.errors import DataError, ModelError
 from distillm.judge.scoring import read_answers
 from distillm.models import load_model, load_tokenizer
 from distillm.report import compare_table, with_differences, write_report
@@ -219,3 +219,11 @@ def test_a_model_folder_with_something_broken_is_loaded_or_refused(model: Path, 
 @pytest.fixture(name="model", scope="module")
 def _model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tiny_causal(), TOKENIZER, tmp_path_factory.mktemp("models") / "model")
+
+
+def test_a_torn_tokenizer_is_a_model_error(model: Path):
+    whole = (model / "tokenizer.json").read_bytes()
+    (model / "tokenizer.json").write_bytes(whole[:1000])
+    with pytest.raises(ModelError, match="cannot load the tokenizer"):
+        load_tokenizer(model)
+    (model / "tokenizer.json").write_bytes(whole)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -29,7 +28,7 @@ from transformers.utils import logging
 
 from .adapters import base_of, with_saved_adapter
 from .data.tokenize import around
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, DistillmError, ModelError
 from .heads import HeadReader, head_of
 from .paths import home, is_dir, is_file
 from .trust import refuse_kernels, refuse_pickles
@@ -49,10 +48,6 @@ __all__ = [
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_LOADING_ERRORS = (
-    *(OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError),
-    SafetensorError,
-)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece*")
 _DROPOUT = re.compile(
     r"^(?!classifier|summary|moe_token|adaptor|speech|t2u|var_pred).*(dropout(_prob|_rate|_p)?|pdrop)$"
@@ -314,7 +309,9 @@ def _explained(what: str) -> Generator[None]:
         yield
     except StrictDataclassError as error:
         raise ConfigError(f"cannot make {what}: {' '.join(str(error).split())}") from error
-    except _LOADING_ERRORS as error:
+    except DistillmError:
+        raise
+    except Exception as error:  # the loaders raise anything, tokenizers bare Exception
         reason = _first_line(error)
         if "connect" in reason or "offline" in reason.lower():
             reason = "there is no such folder here, and the hub cannot be reached"
