@@ -248,6 +248,14 @@ def test_the_command_line_ends_with_a_documented_code(folder: Path, recipe: byte
     check_message(said.err)
 
 
+def test_a_path_that_the_system_refuses_is_said_with_the_code_for_files(folder: Path):
+    for arguments in (("compare", "x" * 300), ("tokenizer", "rows.jsonl", "-o", "x" * 300)):
+        said = distillm(*arguments)
+        assert said.code == 4
+        check_message(said.err)
+        assert "File name too long" in said.err
+
+
 @pytest.mark.parametrize("name", ["a billion laughs", "closed brackets", "no timestamp", "code"])
 def test_a_process_of_its_own_ends_without_a_traceback(folder: Path, name: str):
     path = write(folder / "process.yaml", NAMED[name])

@@ -246,7 +246,7 @@ def test_pickled_weights_are_never_read(tmp_path: Path):
     (folder / "model.safetensors").unlink()
     for name in ("pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"):
         (folder / name).write_bytes(pickle.dumps(Bomb()))
-        with pytest.raises(ModelError, match="pickled"):
+        with pytest.raises(ModelError, match="unpickling can run any code"):
             load_model(folder)
         (folder / name).unlink()
     assert untouched()
@@ -269,7 +269,7 @@ def test_a_pickled_adapter_is_never_read(tmp_path: Path):
     said = {"base_model_name_or_path": str(base), "peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
     (adapter / "adapter_config.json").write_text(json.dumps(said))
     (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ModelError, match="pickled"):
+    with pytest.raises(ModelError, match="unpickling can run any code"):
         load_model(adapter)
     assert untouched()
 
