@@ -78,7 +78,7 @@ def test_any_file_is_a_run_or_a_configuration_error(tmp_path_factory: pytest.Tem
 @given(st.sampled_from(sorted(METHODS)), st.data())
 @settings(deadline=None, max_examples=50, derandomize=True)
 def test_a_run_reads_back_from_its_yaml(tmp_path_factory: pytest.TempPathFactory, method: str, data: st.DataObject):
-    texts = st.text(min_size=1, max_size=12)
+    texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
     names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,5}", fullmatch=True)
     sources = texts | st.fixed_dictionaries({"path": texts}, optional={"split": texts, "name": texts | st.none()})
     run = make_run(

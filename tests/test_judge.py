@@ -189,7 +189,7 @@ def test_the_key_of_a_reply_depends_on_all_that_decides_it():
     [
         ("{{ prompt }}", "{{ answer }} is missing"),
         ("{{ prompt }} {{ answer }} {{ reference }}", "{{ reference }} is unknown"),
-        ("{{ prompt }} {% if %}", "own.txt:1: Expected an expression"),
+        ("{{ prompt }} {% if %}", "own.txt: line 1: Expected an expression"),
     ],
 )
 def test_a_prompt_of_ones_own_is_checked(tmp_path: Path, text: str, said: str):

@@ -307,11 +307,21 @@ def test_what_a_server_cannot_do_is_refused(made: Path, tmp_path: Path, changes:
         make_run(run_settings(made, tmp_path, "http://127.0.0.1:1/v1", **changes))
 
 
+@pytest.mark.parametrize("more", [{"url": "http://me:secret@127.0.0.1:1/v1"}, {"body": {"api_key": "secret"}}])
+def test_a_secret_in_the_settings_is_refused_without_being_shown(made: Path, tmp_path: Path, more: Any) -> None:
+    given = run_settings(made, tmp_path, "http://127.0.0.1:1/v1", method={"name": "kd"})
+    given["teacher"]["server"] |= more
+    with pytest.raises(ConfigError, match="key_env") as caught:
+        make_run(given)
+    assert "secret" not in str(caught.value)
+
+
 def test_where_a_teacher_is_is_said_once(made: Path, tmp_path: Path) -> None:
     given = run_settings(made, tmp_path, "http://127.0.0.1:1/v1", method={"name": "kd"})
     for more, said in (
         ({"path": "x"}, "path, cached or server"),
         ({"dtype": "bfloat16"}, "dtype says nothing"),
+        ({"cached": "../../elsewhere"}, "a name that `distillm cache` shows"),
         ({"quantization": "4bit"}, "quantization says nothing"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigError, ModelError
 from .heads import eval_mode
+from .paths import is_file
 
 
 def add_adapter(
@@ -55,13 +56,13 @@ def base_of(folder: Path) -> str | None:
         ModelError: the adapter does not say, or peft is not installed.
     """
     settings = folder / "adapter_config.json"
-    if not settings.is_file() or (folder / "config.json").is_file():
+    if not is_file(settings) or is_file(folder / "config.json"):
         return None
     if importlib.util.find_spec("peft") is None:
         raise ModelError(f"{folder} holds an adapter, which needs peft: pip install 'distillm[lora]'")
     try:
         base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError, OSError) as error:
+    except (ValueError, AttributeError, OSError, RecursionError) as error:
         raise ModelError(f"cannot read {settings}: {error}") from error
     if not isinstance(base, str) or not base:
         raise ModelError(f"{settings} does not name the adapter's base model (base_model_name_or_path)")

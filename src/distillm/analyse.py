@@ -17,6 +17,7 @@ from .errors import ConfigError
 from .heads import eval_mode
 from .kernels import logits
 from .losses import distill
+from .paths import is_file
 from .project import Project, build
 from .sources import dataset
 from .train import micro_batches
@@ -81,7 +82,7 @@ def analyse_run(source: str, display: Display, *, batches: int = 16, alphas: Seq
         ConfigError: the run has no teacher.
     """
     run = load_run(source)
-    if (Path(source) / "run.yaml").is_file():  # which may have been moved since
+    if is_file(Path(source) / "run.yaml"):  # which may have been moved since
         run = run.model_copy(update={"output": source})
     if run.teacher is None:
         raise ConfigError(f"{source} has no teacher, and the theory is about what a teacher and a student say")

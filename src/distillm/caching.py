@@ -76,7 +76,8 @@ def make_cache(
     return TeacherCache(
         name,
         store,
-        Memory(memory) if replayed else None,
+        # Twice what a buffer of the longest responses takes: states of responses that have left it are of no use.
+        Memory(min(memory, 2 * replayed)) if replayed else None,
         given.cache_batch_size or _portion(models),
         frozenset(example.id for example in passing),
     )

@@ -5,13 +5,13 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 from .errors import ConfigError, ServerError
 
@@ -22,6 +22,8 @@ RETRIED = (408, 425, 429)
 LONGEST_PAUSE = 60.0  # seconds between two attempts, unless the server asks for more
 LONGEST_WAIT = 600.0  # seconds: a server that asks for more is not waited for
 SECRET = 8  # characters from which a key is looked for in what a server says; shorter ones are no secrets
+SECRETS = {"api_key", "apikey", "key", "auth", "authorization", "token", "auth_token", "access_token", "password"}
+"""Fields whose values nobody may write down."""
 SHOWN = 300  # characters of a server's message
 POLL = 0.1  # seconds between two looks at whether the user wants to stop
 
@@ -81,6 +83,26 @@ def endpoint(url: str, path: str, name: str) -> str:
     except httpx.InvalidURL as error:
         raise ConfigError(f"{name} {url!r} is no address: {error}") from error
     return address
+
+
+def secrets_in(url: str, body: Mapping[str, Any]) -> str | None:
+    """What a request's settings, which are written down, seem to hold that is secret; None where there is nothing."""
+    if re.search(r"[@?#]", url):
+        return "url: write http(s)://HOST[:PORT]/PATH alone; what else it has"
+    names = {str(name).lower().replace("-", "_").removeprefix("x_") for name in _names(body)}
+    named = sorted(names & SECRETS)
+    return f"body.{named[0]}" if named else None
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Every name of a field, however deep."""
+    if isinstance(value, Mapping):
+        for name, inner in cast(Mapping[str, Any], value).items():
+            yield name
+            yield from _names(inner)
+    elif isinstance(value, list):
+        for inner in cast(list[Any], value):
+            yield from _names(inner)
 
 
 def bearer_key(name: str) -> str | None:

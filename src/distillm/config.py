@@ -27,6 +27,8 @@ from .method_settings import (
     Section,
 )
 from .model_settings import Decay, Student, Teacher
+from .paths import is_dir, is_file
+from .settings_text import check, load_yaml
 
 Overlap = Literal["rouge_1", "rouge_2", "rouge_l", "rouge_lsum", "bleu", "chrf", "ter"]
 MetricName = Literal[Overlap, "exact_match", "distinct_1", "distinct_2", "repetition", "length_ratio"]
@@ -311,9 +313,12 @@ def make_run(settings: dict[str, Any], overrides: Sequence[str] = (), source: st
     if isinstance(method := settings.get("method"), dict):
         method.setdefault("name", Distillm().name)  # as where there is no such section at all
     try:
+        check(settings)
         return Run.model_validate(settings)
     except ValidationError as error:
         raise ConfigError(explain(error, Run, source)) from None
+    except ValueError as error:
+        raise ConfigError(f"{source} cannot be used: {error}") from None
 
 
 def recipes() -> dict[str, Path]:
@@ -325,20 +330,20 @@ def recipes() -> dict[str, Path]:
 def read_yaml(source: str) -> dict[str, Any]:
     """The settings in a YAML file, a run folder, or a recipe."""
     path, known = Path(source), recipes()
-    if path.is_dir():
+    if is_dir(path):
         path = path / "run.yaml"
         # The demonstration's own folder does not hide the recipe of the same name.
-        if not path.is_file() and source not in known:
+        if not is_file(path) and source not in known:
             raise ConfigError(f"{source} is a folder without a run.yaml, so it holds no run; give a YAML file or a run")
-    if not path.is_file():
+    if not is_file(path):
         if source not in known:
             near = difflib.get_close_matches(source, [*known, *(str(p) for p in Path().glob("*.y*ml"))], 1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ConfigError(f"there is no file and no recipe {source}.{hint} `distillm recipes` lists the recipes.")
         path = known[source]
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that there is not
+        settings = load_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not YAML
         raise ConfigError(f"{path} is not YAML: {error}") from error
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
@@ -351,7 +356,7 @@ def as_yaml(run: Run) -> str:
     """``run`` as YAML that ``load_run`` reads back, without what only steers one start of it."""
     settings = run.model_dump(mode="json", exclude={"resume", "overwrite"})
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110)
-    if yaml.safe_load(text) != settings:  # a few signs, such as U+0085, are read as line ends
+    if load_yaml(text) != settings:  # a few signs, such as U+0085, are read as line ends
         text = yaml.safe_dump(settings, sort_keys=False, width=110)
     return text
 
@@ -365,8 +370,8 @@ def changed(saved: dict[str, Any], run: Run) -> list[str]:
 
 def _value(key: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
+        value = load_yaml(text)
+    except ValueError as error:
         if takes_text(Run, key):  # such as a template, which may look like broken YAML
             return text
         raise ConfigError(f"{key}={text}: the value is not YAML ({' '.join(str(error).split())})") from error

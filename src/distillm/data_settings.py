@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from .client import secrets_in
 from .known import Known, known
 from .method_settings import NonNegativeFloat, Number, PositiveFloat, PositiveInt, Section
+from .paths import FILE_NAME, is_file
 from .tasks import TaskSpec, is_jinja, load_task, near
 
 
@@ -55,6 +57,8 @@ class ResponsesServer(Section):
         fixed += [n for n in ("max_tokens", "temperature", "top_p", "top_k", "seed") if self.body.get(n) is not None]
         if fixed:
             raise ValueError(f"body: {fixed[0]} cannot be set there; generation.* and responses_temperature say it")
+        if found := secrets_in(self.url, self.body):  # all settings are written into the run folder
+            raise ValueError(f"{found} belongs into an environment variable; name that in key_env")
         return self
 
     @property
@@ -141,9 +145,10 @@ class Data(Section):
             said = f"its variables are {', '.join(allowed)}" if allowed else "it has none"
             raise ValueError(f"variables: {unknown[0]} is not one of the task; {said}{near(unknown[0], allowed)}")
         for name in self.test:
-            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            if not re.fullmatch(FILE_NAME, name):
                 raise ValueError(
-                    f"test: {name!r} cannot name a file of scores; use letters, digits and _ - . (no sign but _ first)"
+                    f"test: {name!r:.120} cannot name a file of scores; use at most 100 letters, digits and _ - . (no "
+                    "sign but _ first)"
                 )
         return self
 
@@ -160,7 +165,7 @@ class Data(Section):
     def known_in(self, given: "str | Source | None") -> Known | None:
         """The known data set that ``given`` names, unless a file lies there."""
         path = None if given is None else part(given).path
-        return None if path is None or Path(path).is_file() else known().get(path)
+        return None if path is None or is_file(Path(path)) else known().get(path)
 
     def languages_of(self, given: "str | Source") -> dict[str, str]:
         """Those of the task's variables that the known data set in ``given`` brings."""

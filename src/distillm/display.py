@@ -1,21 +1,36 @@
 """What a user sees while work goes on: live bars on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 
+from .screen import visible
+
 Advance = Callable[..., None]
+
+
+class Terminal(Console):
+    """A console on which nothing that is shown steers the terminal: not by [brackets], nor by control characters."""
+
+    def __init__(self, *, stderr: bool = False, quiet: bool = False, soft_wrap: bool = False, width: int | None = None):
+        super().__init__(stderr=stderr, quiet=quiet, soft_wrap=soft_wrap, width=width, markup=False, highlight=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich's; what rich itself writes to steer the terminal is in styles and controls, not in texts."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 class Display:
     """Phases with progress and time left, and notes between them. ``quiet`` shows nothing."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False, interval: float = 10.0):
-        self.console = console or Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False, markup=False)
+        self.console = console or Terminal(stderr=True, quiet=quiet, soft_wrap=True)
         self.interval = interval
 
     def note(self, text: str) -> None:

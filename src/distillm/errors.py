@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 
+from .screen import on_screen
+
 
 class DistillmError(Exception):
-    """Root of the errors that say what to do."""
+    """Root of the errors that say what to do; a message fits a screen, and nothing quoted in it steers a terminal."""
 
     exit_code = 2
+
+    def __init__(self, message: str = ""):
+        super().__init__(on_screen(message))
 
 
 class ConfigError(DistillmError):

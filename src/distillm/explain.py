@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from .screen import without_credentials
+
 MOST = 12  # lines of a message: the first mistakes explain the others
 _SECTION_EXPECTED = ("model_type", "model_attributes_type", "dict_type")
 
@@ -152,5 +154,5 @@ def _initials(name: str) -> str:
 
 
 def _shown(given: Any) -> str:
-    text = "nothing (leave the line out)" if given is None else repr(given)
+    text = "nothing (leave the line out)" if given is None else without_credentials(repr(given))
     return f"; given: {text if len(text) <= 80 else text[:77] + '...'}"

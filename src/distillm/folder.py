@@ -7,6 +7,7 @@ from typing import Any
 
 from .checkpoint import DAMAGED, list_checkpoints, newest_whole, remove, sweep
 from .errors import ConfigError, StorageError
+from .paths import is_dir, is_file
 from .processes import by_first, first_alone
 from .writing import write_text
 
@@ -38,9 +39,9 @@ class RunFolder:
         return found
 
     def _open(self, *, resume: bool, overwrite: bool) -> tuple[Path | None, list[str], bool]:
-        occupied = any((self.path / name).exists() for name in ("run.yaml", "metrics.jsonl"))
+        occupied = any(is_file(self.path / name) for name in ("run.yaml", "metrics.jsonl"))
         occupied = occupied or bool(list_checkpoints(self.checkpoints))
-        if self.student.exists() and not occupied:
+        if is_dir(self.student) and not occupied:
             raise ConfigError(f"{self.student} is there already, and no run wrote it; choose another output=...")
         if occupied and not (resume or overwrite):
             raise ConfigError(

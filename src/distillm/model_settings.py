@@ -1,11 +1,13 @@
 """The settings of the models: the student, and where what the teacher says comes from. Never imports torch."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from .client import secrets_in
 from .method_settings import Fraction, NonNegativeInt, Number, PositiveFloat, PositiveInt, Section
 
 Decay = Annotated[float, Field(ge=0, lt=1), Number]
@@ -75,6 +77,8 @@ class TeacherServer(Section):
         for name in self.body:
             if name in fixed:
                 raise ValueError(f"body: {name} cannot be set there")
+        if found := secrets_in(self.url, self.body):  # all settings are written into the run folder
+            raise ValueError(f"{found} belongs into an environment variable; name that in key_env")
         return self
 
     @property
@@ -140,6 +144,10 @@ class Teacher(Model):
         for name, why in (("adapter_off", "the student is the teacher"), ("server", "the server has the model")):
             if getattr(self, name) and changed:
                 raise ValueError(f"with {name} {why}: {changed[0]} says nothing; leave it out")
+        if self.cached is not None and not re.fullmatch(r"[0-9a-f]{16}", self.cached):
+            raise ValueError(
+                f"cached is a name that `distillm cache` shows, 16 digits and letters, not {self.cached!r}"
+            )
         if self.max_memory is not None and self.placement != "device":
             raise ValueError("max_memory goes with placement=device")
         if self.quantization is not None and self.placement == "shard":

@@ -14,7 +14,6 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate.utils import align_module_device
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -30,9 +29,11 @@ from transformers.utils import logging
 
 from .adapters import base_of, with_saved_adapter
 from .data.tokenize import around
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, DistillmError, ModelError
 from .heads import HeadReader, head_of
+from .paths import home, is_dir, is_file
 from .sharding import full
+from .trust import refuse_kernels, refuse_pickles
 from .types import Layout
 
 __all__ = [
@@ -48,7 +49,6 @@ __all__ = [
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece*")
 _DROPOUT = re.compile(
     r"^(?!classifier|summary|moe_token|adaptor|speech|t2u|var_pred).*(dropout(_prob|_rate|_p)?|pdrop)$"
@@ -116,7 +116,7 @@ def load_tokenizer(
     no embedding is added. Raises ModelError where there is no tokenizer.
     """
     source, gguf_file = _locate(path, gguf_file)
-    if gguf_file is None and source.is_dir() and not any(any(source.glob(name)) for name in _TOKENIZER_FILES):
+    if gguf_file is None and is_dir(source) and not any(any(source.glob(name)) for name in _TOKENIZER_FILES):
         raise ModelError(
             f"{source} holds no tokenizer: copy tokenizer.json and tokenizer_config.json there from the model it came "
             "from, name another folder as its tokenizer, or train one with `distillm tokenizer`"
@@ -212,18 +212,20 @@ def _load(
     base = base_of(source)
     if base is not None:
         if not trusted:
-            _refuse_pickles(source)
+            refuse_pickles(source)
         with explained(f"the adapter {path}"):
             model = _load(base, None, dtype, dropout, trusted, placed)
             return with_saved_adapter(model, source)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     with explained(f"the model {path}"), quiet(source, gguf_file):
         config = AutoConfig.from_pretrained(source.as_posix(), trust_remote_code=trusted, **extra)
+        if not trusted:
+            refuse_kernels(config, source)
         set_dropout(config, dropout)
         if gguf_file is not None:
             extra |= _dequantized()
         elif not trusted:
-            _refuse_pickles(source)
+            refuse_pickles(source)
             extra["use_safetensors"] = True
         model, report = _auto_class(config).from_pretrained(
             source.as_posix(),
@@ -310,29 +312,20 @@ def set_dropout(config: PretrainedConfig, dropout: float | None) -> None:
 
 def _locate(path: str | Path, gguf_file: str | None) -> tuple[Path, str | None]:
     """The folder or hub name, and the GGUF file in it if there is one."""
-    source = Path(path).expanduser()
+    source = home(path)
     if gguf_file is None and source.suffix == ".gguf":
         source, gguf_file = source.parent, source.name
     if gguf_file is not None and importlib.util.find_spec("gguf") is None:
         raise ModelError(f"reading the GGUF file {gguf_file} needs another package: pip install 'distillm[gguf]'")
-    if source.is_file():
+    if is_file(source):
         raise ModelError(f"{source} is a file: give the folder it is in, or a .gguf file")
     # With a folder here of the owner's name, owner/name is a path that was mistyped.
     local = source.is_absolute() or str(path).startswith((".", "~")) or len(source.parts) > 2
-    if not source.is_dir() and (local or (len(source.parts) == 2 and source.parent.is_dir())):
+    if not is_dir(source) and (local or (len(source.parts) == 2 and is_dir(source.parent))):
         raise ModelError(f"there is no folder {source}: give a model folder, a .gguf file, or a hub name (owner/name)")
-    if gguf_file is not None and source.is_dir() and not (source / gguf_file).is_file():
+    if gguf_file is not None and is_dir(source) and not is_file(source / gguf_file):
         raise ModelError(f"there is no file {source / gguf_file}")
     return source, gguf_file
-
-
-def _refuse_pickles(source: Path) -> None:
-    pickles = [p.name for p in sorted(source.glob("*")) if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-    if pickles and not any(source.glob("*.safetensors")):
-        raise ModelError(
-            f"the weights of {source} are pickled ({pickles[0]}), and unpickling can run any code: save them as "
-            "safetensors (save_pretrained does), or set trust_remote_code if you trust their author"
-        )
 
 
 def _dequantized() -> dict[str, Any]:
@@ -355,7 +348,9 @@ def explained(what: str) -> Generator[None]:
         yield
     except StrictDataclassError as error:
         raise ConfigError(f"cannot make {what}: {' '.join(str(error).split())}") from error
-    except _LOADING_ERRORS as error:
+    except DistillmError:
+        raise
+    except Exception as error:  # the loaders raise anything, tokenizers bare Exception
         reason = _first_line(error)
         if "connect" in reason or "offline" in reason.lower():
             reason = "there is no such folder here, and the hub cannot be reached"
@@ -366,7 +361,7 @@ def explained(what: str) -> Generator[None]:
 def quiet(source: Path, gguf_file: str | None) -> Generator[None]:
     """No progress bars while a local folder is read; a download keeps its own."""
     with ExitStack() as after:
-        if source.is_dir() and logging.is_progress_bar_enabled():
+        if is_dir(source) and logging.is_progress_bar_enabled():
             logging.disable_progress_bar()
             after.callback(logging.enable_progress_bar)
         if gguf_file is not None:

@@ -25,6 +25,7 @@ from .processes import anyone, by_first, count, first_alone, writes
 from .project import Project, Stop, build, save_student, training, unless_stopped, validated
 from .provenance import provenance
 from .report import write_report
+from .screen import without_credentials
 from .train import Step
 from .writing import write_text
 
@@ -92,7 +93,7 @@ def _describe(project: Project, command: str | None, resumed: bool = False) -> N
     if resumed:  # what began the run stays; what it was gone on with is added
         before = read_yaml(str(project.folder.path)).get("provenance") or {}
         origin |= {key: before[key] for key in ("command", "started") if key in before}
-        origin["resumed"] = [*before.get("resumed", []), command]
+        origin["resumed"] = [*before.get("resumed", []), command and without_credentials(command)]
     text = as_yaml(project.run.model_copy(update={"provenance": origin}))
     write_text(project.folder.path / "run.yaml", text)
 

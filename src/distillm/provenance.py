@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .models import num_parameters
+from .screen import without_credentials
 
 
 def provenance(models: dict[str, PreTrainedModel | None], device: torch.device, command: str | None) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def provenance(models: dict[str, PreTrainedModel | None], device: torch.device, 
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "git": _revision(),
-        "command": command or " ".join(["python", *sys.argv]),
+        "command": without_credentials(command or " ".join(["python", *sys.argv])),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
         "device": _named(device),

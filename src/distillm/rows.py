@@ -11,6 +11,7 @@ from .data import Task, all_texts, known_rows, located, read_rows, text_examples
 from .data_settings import Data, Source, part
 from .errors import ConfigError, DataError, first_of
 from .loading import Models, Note
+from .paths import home, is_dir
 from .tasks import CHAT
 from .teacher import Responses
 from .types import Example, as_teacher_reads, last_turn
@@ -87,8 +88,8 @@ def _text_of(data: Data, given: str | Source) -> tuple[str, dict[str, str | None
 
 
 def _folder(data: Data) -> Path:
-    folder = Path(data.folder).expanduser()
-    if not folder.is_dir():
+    folder = home(data.folder)
+    if not is_dir(folder):
         raise DataError(f"data.folder: there is no folder {data.folder}")
     return folder
 

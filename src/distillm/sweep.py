@@ -81,7 +81,9 @@ def _decoding(run: Run) -> str:
 def _name(settings: dict[str, str]) -> str:
     """A folder's name: values, each after the last word of its key unless it names the method."""
     words = [value if key == "method.name" else f"{key.rpartition('.')[2]}-{value}" for key, value in settings.items()]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(words)).strip("-.") or "run"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(words)).strip("-.") or "run"
+    # Templates and their like are long; a file's name has 255 bytes at most, with what is put behind it.
+    return name if len(name) <= 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def run_sweep(cells: Sequence[Cell], display: Display, jobs: int = 1) -> tuple[list[Cell], dict[str, str]]:

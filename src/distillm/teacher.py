@@ -78,7 +78,7 @@ class Responses:
             known = {entry["prompt"]: entry["tokens"] for entry in entries[1:]}
             if not entries and not json.dumps(self.header, ensure_ascii=False).encode().startswith(found):
                 raise ValueError("its first line is another one")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{self.path} is not a file of responses ({error}); delete it to write it anew") from error
         if entries and not _same(entries[0], self.header):
             raise DataError(

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..errors import DistillmError
+from ..errors import DistillmError, StorageError
 from ..listing import datasets
+from ..screen import on_screen
 from .cache import cache_app
 from .judge import judge
 from .make import recipes_app, schema, shrink, tokenizer
@@ -76,6 +77,9 @@ def main() -> None:
         number = os.environ.get("RANK", "0")  # what several processes have in common is said by the first
         typer.echo(f"error: {error}" if number == "0" else f"process {number}: {error}".splitlines()[0], err=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # a path that is none, a folder that may not be read, a full disk
+        typer.echo(on_screen(f"error: {error.filename or 'a file'}: {error.strerror or error}"), err=True)
+        sys.exit(StorageError.exit_code)
     except Exception as error:
         if "OutOfMemoryError" not in type(error).__name__:
             raise

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from ..config import Run, make_run, read_yaml
+from ..display import Terminal
 from ..errors import ConfigError, DataError
+from ..paths import is_file
 from ..writing import make_folder_of, write_text
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def settings_for(source: str, template: str | None, device: str | None, task: st
     The device and the tracker are of the machine that trained, so they are not the run's.
     """
     folder = Path(source)
-    if not (folder / "run.yaml").is_file():
+    if not is_file(folder / "run.yaml"):
         settings: dict[str, Any] = {"student": {"path": source}, "method": {"name": "sft"}, "data": {}}
     elif not (folder / "student").is_dir():
         raise DataError(f"{folder} has no student yet: the run has not ended. Go on with it by resume=auto")
@@ -93,7 +94,7 @@ def show_comparison(rows: "Sequence[Row]") -> None:
         console.print(line, highlight=False)
 
 
-def plain_console() -> Console:
-    """A console as wide as the terminal; in a file or a pipe nothing is squeezed. [Brackets] are no marks."""
-    console = Console(markup=False)
-    return console if console.is_terminal else Console(markup=False, width=200)
+def plain_console() -> Terminal:
+    """A console as wide as the terminal; in a file or a pipe nothing is squeezed."""
+    console = Terminal()
+    return console if console.is_terminal else Terminal(width=200)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from ..display import Terminal
 from ..errors import ConfigError, ServerError, first_of
 
 FIXED = ("model", "messages", "stream", "n")
@@ -186,13 +186,17 @@ def _cost(usage: Any, prices: tuple[float | None, float | None]) -> dict[str, fl
 def _extra(body: str | None) -> dict[str, Any]:
     try:
         found = json.loads(body or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--body: not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError("--body: write an object, such as '{\"top_p\": 0.9}'")
     fixed = [name for name in FIXED if name in found]
     if fixed:
         raise ConfigError(f"--body: {', '.join(fixed)} cannot be set there")
+    from ..client import secrets_in
+
+    if secret := secrets_in("", found):
+        raise ConfigError(f"--{secret} would be written down; name an environment variable by --key-env")
     return found
 
 
@@ -235,7 +239,7 @@ def _failed_names(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _show(found: Mapping[str, Any], target: Path) -> None:
-    console = Console(markup=False, soft_wrap=True)
+    console = Terminal(soft_wrap=True)
     seeds = found["answers"][0]["seeds"]
     count = 1 if found["settings"]["seed_index"] is not None else len(seeds)
     table = Table(
@@ -262,7 +266,7 @@ def _show(found: Mapping[str, Any], target: Path) -> None:
     console.print(f"judgments and scores: {target}")
 
 
-def _show_pairs(found: Mapping[str, Any], console: Console) -> None:
+def _show_pairs(found: Mapping[str, Any], console: Terminal) -> None:
     scores = found["scores"]
     pairs, preferred, interval = scores["pairs"], scores["preferred"], scores["win_rate"]["interval"]
     console.print(

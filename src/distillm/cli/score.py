@@ -10,6 +10,8 @@ from rich.table import Table
 
 from ..config import Run
 from ..errors import ConfigError
+from ..paths import FILE_NAME, is_file
+from ..screen import visible
 from ..writing import make_folder_of
 from .common import (
     Device,
@@ -119,7 +121,7 @@ def _named(data: list[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for given in data:
         name, sign, path = given.partition("=")
-        if not sign or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        if not sign or not re.fullmatch(FILE_NAME, name):
             name, path = Path(given).stem, given
         if name in named:
             raise ConfigError(
@@ -131,7 +133,7 @@ def _named(data: list[str]) -> dict[str, str]:
 
 def _targets(source: str, names: list[str], system: str, output: Path | None) -> dict[str, Path | None]:
     """Where the scores of each data set go: nowhere, to a file, or to a folder in which nothing is replaced."""
-    in_run = (Path(source) / "run.yaml").is_file()
+    in_run = is_file(Path(source) / "run.yaml")
     if output is None and not in_run:
         return dict.fromkeys(names)
     if output is not None and len(names) == 1:
@@ -178,7 +180,7 @@ def generate(
         write(output, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
         return
     for answer in answers:
-        typer.echo(f"> {asked_in(run, answer)}\n{answer['response']}\n")
+        typer.echo(visible(f"> {asked_in(run, answer)}\n{answer['response']}\n"))
 
 
 def _keep(result: dict[str, Any], output: Path | None) -> None:

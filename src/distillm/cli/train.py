@@ -8,6 +8,7 @@ import typer
 
 from ..config import load_run
 from ..errors import TrainingError
+from ..paths import is_file
 from .common import plain_console, show_comparison
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted name.")]
@@ -32,7 +33,7 @@ def train(
     Every setting, its default and meaning: `distillm schema`. A file to start from: `distillm recipes show NAME`.
     """
     run = load_run(source, overrides or [])
-    if (Path(source) / "run.yaml").is_file() and not any(o.startswith("output=") for o in overrides or []):
+    if is_file(Path(source) / "run.yaml") and not any(o.startswith("output=") for o in overrides or []):
         run = run.model_copy(update={"output": source})
     from ..display import Display
     from ..pipeline import distill

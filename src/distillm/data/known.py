@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..known import Known
+from ..paths import home, is_dir
 from .read import listed, read_rows, split_file
 
 
@@ -34,11 +35,11 @@ def located(
 ) -> tuple[str, dict[str, str | None]]:
     """What ``read_rows`` reads, and with which settings, for one split of a known data set."""
     pair = entry.asked_pair(name)
-    local = Path(folder).expanduser() / entry.name
+    local = home(folder) / entry.name
     other = pair != entry.pair
     if other:
         local = local / str(pair)
-    if local.is_dir():
+    if is_dir(local):
         part = split.partition("[")[0]
         saved = any((local / f"dataset_{what}.json").exists() for what in ("info", "dict"))
         file = None if saved else split_file(local, part)

@@ -3,13 +3,17 @@
 import csv
 import json
 import os
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError
+from ..paths import home, is_dir, is_file
 
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 BOM = b"\xef\xbb\xbf"
 AROUND = 30  # characters shown on either side of a mistake
 ON_THE_HUB = "hf://datasets/"
@@ -26,13 +30,13 @@ def read_rows(source: str | Path, *, split: str | None = None, name: str | None 
     folder or dataset, ``name`` its configuration. Text is UTF-8, with or without a byte order mark; only ``\n`` and
     ``\r\n`` end a line. Raises DataError with the file and line.
     """
-    path = Path(source).expanduser()
+    path = home(source)
     if str(source).startswith(ON_THE_HUB):
         rows = _hub_rows(str(source), split, name)
-    elif path.is_dir():
+    elif is_dir(path):
         _refuse(name=name, why=f"{source} is a folder")
         rows = _saved_rows(path, split)
-    elif path.exists() or _looks_like_file(str(source), path):
+    elif is_file(path) or _looks_like_file(str(source), path):
         _refuse(split=split, name=name, why=f"{source} is a file")
         rows = _file_rows(path)
     else:
@@ -80,9 +84,9 @@ def _file_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _check_file(path: Path) -> None:
-    if not path.exists():
+    if not is_file(path):
         folder = path.parent
-        if not folder.is_dir():
+        if not is_dir(folder):
             raise DataError(f"{path}: there is no such file, nor a folder {folder}; check the path")
         there = sorted(entry.name for entry in folder.iterdir())
         near = get_close_matches(path.name, there, n=3, cutoff=0.5)
@@ -113,13 +117,24 @@ def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _parse(text: str, path: Path, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if _HALF.search(text):  # of a character, unless the other half follows
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(
+            f"{path}:{first_line}: a text holds half of a character ({half!r}), which no UTF-8 file can; mend this line"
+        ) from None
     except json.JSONDecodeError as error:
         around = text[max(0, error.pos - AROUND) : error.pos + AROUND]
         raise DataError(
             f"{path}:{first_line + error.lineno - 1}: not valid JSON: {error.msg} at column {error.colno}, "
             f"near {around!r}; mend or remove this line"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets in brackets
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise DataError(f"{path}:{first_line}: cannot be read as JSON: {why}; mend or remove this line") from None
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -150,6 +165,7 @@ def _csv(path: Path) -> list[dict[str, Any]]:
     header: list[str] = []
     begin = 1  # a quoted cell may span lines: the row's first one
     # csv needs the line ends, because a quoted cell may hold one.
+    csv.field_size_limit(sys.maxsize)  # a cell may be a whole document; csv's own limit is 128 KiB
     lines = csv.reader((text + "\n" for _, text in _text_lines(path)), strict=True)
     try:
         for cells in lines:
@@ -184,7 +200,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 
     try:
         return parquet.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two of values, such as dates
         raise DataError(f"{path}: not a readable Parquet file: {error}") from None
 
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError
-from ..tasks import CHAT, TaskSpec, compiled, is_jinja, load_task, near
+from ..tasks import CHAT, TaskSpec, broken_in, is_jinja, load_task, near, rendered
 from ..types import Example
 from .conversation import Conversation, Message, Unfit, asked_of, messages_of, render, written
 from .read import listed
@@ -103,10 +102,8 @@ class Task:
                 f"template {self.template!r} is neither a known name ({listed(spec.named)}) nor a Jinja template with "
                 f"{{{{ fields }}}}, given as text, not as a file{near(self.template, spec.named)}"
             )
-        try:
-            compiled(self.template)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"template: line {error.lineno}: {error.message}; mend the Jinja template") from None
+        if said := broken_in(self.template):
+            raise ConfigError(f"template: {said}; mend the Jinja template")
 
     @property
     def chats(self) -> bool:
@@ -344,21 +341,16 @@ class Task:
         spec, mine = self.spec, {**self.variables, **dict.fromkeys(self.spec.asked, ""), **content}
         if self.chats:
             said = "\n\n".join(text for text in content.values() if text.strip())
-            text = said if spec.user is None else compiled(spec.user).render(mine)
+            text = said if spec.user is None else _rendered(spec.user, mine, row_id)
             return self._chat([*self._system(), {"role": "user", "content": text}], tokenizer, row_id)
         if spec.owns(self.template):
-            return compiled(spec.text_of(self.template)).render(mine)
+            return _rendered(spec.text_of(self.template), mine, row_id)
         named = {self.fields[role]: text for role, text in content.items() if role in self.fields}
         seen = {**row, **named, **self.variables, **content}
         learned = str(spec.response)
         for name in (learned, self.fields.get(learned, learned)):
             seen.pop(name, None)  # the response must not be in its own prompt
-        try:
-            return compiled(self.template).render(seen)
-        except Exception as error:  # a user's template can raise anything
-            raise DataError(
-                f"{row_id}: the template failed: {error}; the fields it can use are: {listed(sorted(seen))}"
-            ) from error
+        return _rendered(self.template, seen, row_id)
 
     def _system(self) -> list[Message]:
         return [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -422,6 +414,15 @@ class Task:
                 f"Leave the {self.spec.response or 'last'} field out of the data if a model is to write the responses."
             )
         return "Raise max_prompt, or choose a shorter template."
+
+
+def _rendered(template: str, seen: Mapping[str, Any], row_id: str) -> str:
+    try:
+        return rendered(template, seen)
+    except Exception as error:  # a user's template can raise anything
+        raise DataError(
+            f"{row_id}: the template failed: {error}; the fields it can use are: {listed(sorted(map(str, seen)))}"
+        ) from error
 
 
 def _not_text(row_id: str, name: str, value: Any) -> DataError:

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError
+from ..paths import home
 from ..types import Example
 from .read import listed, read_rows, read_text
 from .tokenize import encode_responses
@@ -52,7 +53,7 @@ def all_texts(sources: Sequence[str | Path], *, split: str | None = None, name: 
     """
     found = False
     for source in sources:
-        path = Path(source).expanduser()
+        path = home(source)
         plain = _is_plain(path, split, name)
         values = [read_text(path)] if plain else chain(*map(dict.values, read_rows(source, split=split, name=name)))
         for value in values:
@@ -70,7 +71,7 @@ def _is_plain(path: Path, split: str | None, name: str | None) -> bool:
 
 
 def _documents(source: str | Path, split: str | None, name: str | None) -> list[str]:
-    path = Path(source).expanduser()
+    path = home(source)
     if _is_plain(path, split, name):
         text = read_text(path)
         if not text.strip():

@@ -11,9 +11,9 @@ from typing import Literal
 
 import jinja2
 import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import ConfigError
+from ..sandbox import Sandbox, broken
 from .cache import Reply
 
 Kind = Literal["single", "pair"]
@@ -30,7 +30,7 @@ _VERDICT = re.compile(
     r"(?:(?:final|overall|my) )*(?:verdict|winner) ?[:=]? ?(?:(?:answer|reply) )?(a|b|tie) ?\.?", re.I
 )
 _PROMPTS = resources.files("distillm.judge").joinpath("prompts")
-_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
+_ENVIRONMENT = Sandbox()
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Template:
         ``mark`` is a code that the texts do not contain and cannot foresee, for tags that they cannot close.
         """
         try:
-            return self._compiled.render(mark=mark_for(texts), **texts)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            return _ENVIRONMENT.render(self._compiled, {"mark": mark_for(texts), **texts})
+        except Exception as error:  # a user's template can raise anything
             raise ConfigError(f"{self.name}: the template fails: {type(error).__name__}: {error}") from error
 
 
@@ -81,13 +81,13 @@ def load_template(kind: Kind, path: Path | None = None) -> Template:
         return Template(kind, name, _PROMPTS.joinpath(name).read_text(encoding="utf-8"))
     try:
         text = path.read_text(encoding="utf-8")
+        if said := broken(text, _ENVIRONMENT):
+            raise ConfigError(f"--prompt {path}: {said}")
         used = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(text))
     except OSError as error:
         raise ConfigError(f"--prompt {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompt {path}: it is not UTF-8") from error
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"--prompt {path}:{error.lineno}: {error.message}") from error
     missing, unknown = set(NEEDED[kind]) - used, used - {*NEEDED[kind], "mark"}
     if missing or unknown:
         wrong = [f"{{{{ {name} }}}} is missing" for name in sorted(missing)] + [

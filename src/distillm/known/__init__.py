@@ -5,10 +5,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from ..errors import ConfigError
+from ..settings_text import load_yaml
 from ..tasks import near
 
 LANGUAGES = {
@@ -85,5 +85,5 @@ class Known(BaseModel):
 def known() -> dict[str, Known]:
     """Every known data set by name."""
     path = Path(str(resources.files("distillm"))) / "known" / "datasets.yaml"
-    entries: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    entries: dict[str, Any] = load_yaml(path.read_text(encoding="utf-8"))
     return {name: Known.model_validate({"name": name, **entry}) for name, entry in entries.items()}

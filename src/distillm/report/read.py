@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import DataError
+from ..settings_text import load_yaml
 
 Record = dict[str, Any]
 
@@ -234,8 +233,8 @@ def _read_config(path: Path, notes: list[str]) -> tuple[Record, str]:
         return {}, ""
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        config = load_yaml(text)
+    except ValueError as error:
         notes.append(f"run.yaml is not valid YAML ({str(error).splitlines()[0]}): it is shown as it is.")
         return {}, text
     if not isinstance(config, dict):
@@ -256,7 +255,7 @@ def _read_lines(path: Path, notes: list[str]) -> list[Record]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if isinstance(record, dict):
                 records.append(record)
@@ -284,7 +283,7 @@ def _read_scores(paths: Sequence[Path], notes: list[str]) -> list[Scores]:
     for path in paths:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             notes.append(f"eval/{path.name} could not be read and is left out ({error}).")
             continue
         scores = dict(_scores_in(record)) if isinstance(record, dict) else {}

@@ -1,7 +1,7 @@
 """What a task is, as data: its fields, prompts, metrics and decoding, from a small YAML file. Never imports torch."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal
 
 import jinja2
 import jinja2.meta
-import yaml
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import ConfigError
 from ..explain import explain
+from ..paths import home, is_file
+from ..sandbox import Sandbox, broken
+from ..settings_text import load_yaml
 
 CHAT = "chat"
 """The name of the template that is the tokenizer's own."""
@@ -132,10 +133,9 @@ class TaskSpec(_Part):
     def _check(self, key: str, text: str) -> None:
         if not is_jinja(text):
             raise ValueError(f"{key}: {text!r} is neither a name ({', '.join(self.named)}) nor Jinja text with fields")
-        try:
-            seen = jinja2.meta.find_undeclared_variables(_environment().parse(text))
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"{key}: line {error.lineno}: {error.message}; mend the Jinja template") from None
+        if said := broken_in(text):
+            raise ValueError(f"{key}: {said}; mend the Jinja template")
+        seen = jinja2.meta.find_undeclared_variables(_environment().parse(text))
         allowed = [*self.asked, *self.variables]
         for name in sorted(seen - {*allowed}):
             why = "is what is learned, and must not be in the prompt" if name == self.response else "is not known"
@@ -147,16 +147,24 @@ def is_jinja(text: str) -> bool:
     return "{{" in text or "{%" in text
 
 
+def rendered(text: str, values: Mapping[str, Any]) -> str:
+    """What the template ``text`` makes of ``values``, in the sandbox. It may raise anything."""
+    return _environment().render(_compiled(text), values)
+
+
+def broken_in(text: str) -> str | None:
+    """Why ``text`` is no template that can be used; None where it is one."""
+    return broken(text, _environment())
+
+
 @lru_cache(maxsize=32)
-def compiled(text: str) -> jinja2.Template:
-    """A template in the immutable sandbox; a name it does not know is an error."""
+def _compiled(text: str) -> jinja2.Template:
     return _environment().from_string(text)
 
 
 @cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    # A template's last line end belongs to the prompt; nothing is escaped, because this is no web page.
-    return ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+def _environment() -> Sandbox:
+    return Sandbox(keep_trailing_newline=True)  # a template's last line end belongs to the prompt
 
 
 @cache
@@ -172,8 +180,8 @@ def load_task(source: str) -> TaskSpec:
     Raises:
         ConfigError: there is none, or it cannot be used; the message names the key.
     """
-    path = tasks().get(source, Path(source).expanduser())
-    if not path.is_file():
+    path = tasks().get(source, home(source))
+    if not is_file(path):
         raise ConfigError(
             f"data.task: there is no task and no file {source}; the tasks are {', '.join(tasks())}"
             f"{near(source, [*tasks()])}"
@@ -185,8 +193,8 @@ def load_task(source: str) -> TaskSpec:
 def _read(path: Path, _written: int) -> TaskSpec:
     """The task in a file as it was written at that time."""
     try:
-        settings: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError) as error:
+        settings: Any = load_yaml(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{path}: a task that cannot be read as YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds no task; see docs/tasks.md for one")
