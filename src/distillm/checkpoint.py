@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import StorageError
+from .errors import StorageError, TrainingError
 from .processes import by_first, rank, together
 from .sources import ReplayBuffer
 from .types import Example, State
@@ -133,6 +133,10 @@ def save_checkpoint(
     """Write ``folder/step-N``. ``extra`` is JSON that the caller gets back from ``load_checkpoint``.
 
     Of several processes the first one writes, with the generators of all; none goes on before it has.
+
+    Raises:
+        StorageError: it could not be written.
+        TrainingError: a weight, or one of AdamW's averages, is not finite: no run can go on from there.
     """
     target, everyone = folder / f"step-{state.step:08d}", together(_generators)
     generators = {
@@ -140,9 +144,17 @@ def save_checkpoint(
     }
 
     def write() -> None:
+        weights, moments = _student_tensors(student), _moments(optimizer)
+        for what, tensors in {"the student's weights": weights, "the optimizer's averages": moments}.items():
+            odd = next((name for name, each in tensors.items() if not bool(each.isfinite().all())), None)
+            if odd is not None:
+                raise TrainingError(
+                    f"step {state.step}: {what} are no longer finite ({odd}), so no checkpoint was written.\n"
+                    "Try a lower optim.lr, or train in float32."
+                )
         with written_aside(target) as scratch:
-            save_file(_student_tensors(student), scratch / "student.safetensors")
-            save_file(_moments(optimizer), scratch / "optimizer.safetensors")
+            save_file(weights, scratch / "student.safetensors")
+            save_file(moments, scratch / "optimizer.safetensors")
             save_file(generators, scratch / "generators.safetensors")
             saved = {
                 "state": asdict(state),

@@ -18,13 +18,14 @@ from .assess import answers, assess
 from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of
 from .config import Run, as_yaml, changed, read_yaml
 from .display import Display
-from .errors import Interrupted, StorageError, Terminated, TrainingError
+from .errors import ConfigError, Interrupted, StorageError, Terminated, TrainingError
 from .evaluation.run import decode, seeds_used
 from .folder import RunFolder
 from .processes import anyone, by_first, count, first_alone, writes
 from .project import Project, Stop, build, save_student, training, unless_stopped, validated
 from .provenance import provenance
 from .report import write_report
+from .report.read import mapping
 from .train import Step
 from .writing import write_text
 
@@ -90,9 +91,10 @@ def _describe(project: Project, command: str | None, resumed: bool = False) -> N
     bf16 = project.run.train.mixed_precision == "bf16" or project.run.student.dtype == "bfloat16"
     origin["peak_flops"] = peak_rate(device, torch.bfloat16 if bf16 else torch.float32)
     if resumed:  # what began the run stays; what it was gone on with is added
-        before = read_yaml(str(project.folder.path)).get("provenance") or {}
+        before = mapping(_saved_settings(project), "provenance")
         origin |= {key: before[key] for key in ("command", "started") if key in before}
-        origin["resumed"] = [*before.get("resumed", []), command]
+        earlier = before.get("resumed")
+        origin["resumed"] = [*(earlier if isinstance(earlier, list) else []), command]
     text = as_yaml(project.run.model_copy(update={"provenance": origin}))
     write_text(project.folder.path / "run.yaml", text)
 
@@ -269,7 +271,7 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
         project.display.note(damaged)
     _event(project, "resumed", said)
     project.display.note(f"resumed {said}")
-    if differences:
+    if differences or not (project.folder.path / "run.yaml").exists():
         _describe(project, command, resumed=True)
     for name, now in {"threads": torch.get_num_threads(), "processes": count()}.items():
         if saved[name] != now:
@@ -281,11 +283,11 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
 
 def _changes(project: Project) -> list[str]:
     """The settings that differ from those in the run folder, whose scores go where they would no longer compare."""
-    folder = project.folder
-    if not (folder.path / "run.yaml").exists():
+    folder, saved = project.folder, _saved_settings(project)
+    if not saved:  # nobody knows what the scores are of
+        folder.forget_eval()
         return []
-    saved = read_yaml(str(folder.path))
-    differences, tests = changed(saved, project.run), {*saved["data"]["test"], *project.run.data.test}
+    differences, tests = changed(saved, project.run), {*mapping(saved, "data", "test"), *project.run.data.test}
     for key in (difference.partition("=")[0] for difference in differences):
         if key.startswith("data.test."):  # a name of a test set, or a part of where it is
             for name in tests:
@@ -294,6 +296,21 @@ def _changes(project: Project) -> list[str]:
         elif key.startswith(("student.", "teacher.", "data.", "generation.", "evaluation.")):
             folder.forget_eval()
     return differences
+
+
+def _saved_settings(project: Project) -> dict[str, Any]:
+    """The settings in the run folder; empty where there are none.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    path = project.folder.path / "run.yaml"
+    if not path.exists():
+        return {}
+    try:
+        return read_yaml(str(project.folder.path))
+    except ConfigError as error:
+        raise ConfigError(f"{error}\nDelete {path} to go on with the settings given: it is written anew") from error
 
 
 def _finish(project: Project) -> None:
