@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -243,6 +244,7 @@ def make_accelerator(run: Run, *, several: bool = False) -> Accelerator:
             mixed_precision=run.train.mixed_precision if mixed else "no",
             log_with=None if run.tracker == "none" else run.tracker,
             project_dir=run.output,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=run.train.timeout_minutes))],
         )
     except ValueError as error:
         if not mixed:

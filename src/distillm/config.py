@@ -206,6 +206,9 @@ class Train(Section):
     C++ compiler on a CPU; whether it pays depends on model and machine (docs/performance.md)."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
+    timeout_minutes: PositiveFloat = 120.0
+    """Of several processes: how long one waits for the others before the run ends with an error. The others wait while
+    the first one saves, or asks a server."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":

@@ -159,6 +159,6 @@ def _step(line: str, kind: str | None = None) -> float:
     """The step that a line is of, if it is of ``kind``; infinity for what cannot be read."""
     try:
         entry = json.loads(line)
-        return float(entry["step"]) if kind in (None, entry["kind"]) else 0.0
-    except (ValueError, KeyError, TypeError, OverflowError):
+        return float(entry["step"]) if kind in (None, entry.get("kind")) else 0.0
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return float("inf")

@@ -18,10 +18,10 @@ from .assess import answers, assess
 from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of
 from .config import Run, as_yaml, changed, read_yaml
 from .display import Display
-from .errors import ConfigError, Interrupted, StorageError, Terminated, TrainingError
+from .errors import ConfigError, Interrupted, ProcessError, StorageError, Terminated, TrainingError
 from .evaluation.run import decode, seeds_used
 from .folder import RunFolder
-from .processes import anyone, by_first, count, first_alone, writes
+from .processes import anyone, by_first, count, first_alone, out_of_touch, writes
 from .project import Project, Stop, build, save_student, training, unless_stopped, validated
 from .provenance import provenance
 from .report import write_report
@@ -44,30 +44,57 @@ def distill(run: Run, display: Display | None = None, command: str | None = None
     Raises:
         DistillmError: a setting, a file or a model cannot be used, or training diverged; the message says what to do.
         Interrupted: the user asked to stop; everything done so far is saved.
+        ProcessError: another process of the run has ended or hangs.
     """
-    accelerator = make_accelerator(run, several=True)
-    display = display if display is not None and writes() else Display(quiet=True)
     folder = RunFolder(Path(run.output))
-    checkpoint = folder.open(resume=run.resume == "auto", overwrite=run.overwrite)
-    with _interruptible(display) as stop, kept_by(account_for(run.device)):
-        project = build(run, display, stop, folder, accelerator)
-        try:
-            if checkpoint is not None:
-                _resume(project, checkpoint, command)
-            else:
-                _begin(project, command)
-            if project.state.step < project.state.total_steps:
-                folder.forget_eval(system="student")
-                _train(project)
-            _finish(project)
-            _log_time(project)
-            by_first(lambda: display.note(f"student: {folder.student}\nreport:  {_report(folder)}"))
-        except TrainingError as error:
-            _event(project, "failed", str(error), rows=error.rows)
-            state = project.state
-            where = f"In {folder.path}, after step {state.step} of {state.total_steps}: {_last_good(project)}."
-            raise TrainingError(f"{error}\n{where}", error.rows) from error
+    with _all_heard(run, folder) as met:
+        accelerator = make_accelerator(run, several=True)
+        display = display if display is not None and writes() else Display(quiet=True)
+        checkpoint = folder.open(resume=run.resume == "auto", overwrite=run.overwrite)
+        with _interruptible(display) as stop, kept_by(account_for(run.device)):
+            project = build(run, display, stop, folder, accelerator)
+            met.append(project)
+            _whole(project, checkpoint, command)
     return folder.path
+
+
+def _whole(project: Project, checkpoint: Path | None, command: str | None) -> None:
+    folder, display = project.folder, project.display
+    try:
+        if checkpoint is not None:
+            _resume(project, checkpoint, command)
+        else:
+            _begin(project, command)
+        if project.state.step < project.state.total_steps:
+            folder.forget_eval(system="student")
+            _train(project)
+        _finish(project)
+        _log_time(project)
+        by_first(lambda: display.note(f"student: {folder.student}\nreport:  {_report(folder)}"))
+    except TrainingError as error:
+        _event(project, "failed", str(error), rows=error.rows)
+        state = project.state
+        where = f"In {folder.path}, after step {state.step} of {state.total_steps}: {_last_good(project)}."
+        raise TrainingError(f"{error}\n{where}", error.rows) from error
+
+
+@contextmanager
+def _all_heard(run: Run, folder: RunFolder) -> Generator[list[Project]]:
+    """Says where the work stood when another process was not heard of any more; it is given the project for that."""
+    met: list[Project] = []
+    try:
+        yield met
+    except RuntimeError as error:
+        if not out_of_touch(error):
+            raise
+        at = f"after step {met[0].state.step}" if met else "before the first step"
+        made = list_checkpoints(folder.checkpoints)
+        said = f"the newest checkpoint is step {step_of(made[-1])}" if made else "there is no checkpoint yet"
+        raise ProcessError(
+            f"{at}, another process of this run ended, or said nothing for {run.train.timeout_minutes:g} minutes; {said}.\n"
+            "Look at what it said, and start all of them again with resume=auto. If it was only slow, raise "
+            f"train.timeout_minutes.\n({str(error).splitlines()[0].partition(' This is')[0]})"
+        ) from error
 
 
 def _report(folder: RunFolder) -> Path:
