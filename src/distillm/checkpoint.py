@@ -144,8 +144,9 @@ def save_checkpoint(
     }
 
     def write() -> None:
-        weights, moments = _student_tensors(student), _moments(optimizer)
-        for what, tensors in {"the student's weights": weights, "the optimizer's averages": moments}.items():
+        moments = _moments(optimizer)
+        parameters = {name: each.detach() for name, each in student.named_parameters()}
+        for what, tensors in {"the student's weights": parameters, "the optimizer's averages": moments}.items():
             odd = next((name for name, each in tensors.items() if not bool(each.isfinite().all())), None)
             if odd is not None:
                 raise TrainingError(
@@ -153,7 +154,7 @@ def save_checkpoint(
                     "Try a lower optim.lr, or train in float32."
                 )
         with written_aside(target) as scratch:
-            save_file(weights, scratch / "student.safetensors")
+            save_file(_student_tensors(student), scratch / "student.safetensors")
             save_file(moments, scratch / "optimizer.safetensors")
             save_file(generators, scratch / "generators.safetensors")
             saved = {

@@ -12,7 +12,7 @@ from .config import Run
 from .data import all_texts
 from .data_settings import Data, Source
 from .display import Display
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, StorageError
 from .evaluation import Result
 from .evaluation.run import seeds_used
 from .models import load_model, load_tokenizer, num_parameters, save_model
@@ -21,6 +21,7 @@ from .project import build
 from .report.text import parameter_count
 from .rows import check_room, end_of_response, placed, read_source, task_of, tokenised
 from .tasks import CHAT
+from .teacher_cache import Disk
 from .train import micro_batches
 from .vocabulary import train_tokenizer
 
@@ -113,6 +114,7 @@ def warm(run: Run, display: Display) -> str:
 
     Raises:
         ConfigError: the run has no teacher, or one whose states are not kept.
+        StorageError: there was no room for all of them.
     """
     if run.teacher is None:
         raise ConfigError("the run has no teacher whose states could be kept")
@@ -131,6 +133,8 @@ def warm(run: Run, display: Display) -> str:
                     pair.teacher_head(part)
                 done += len(part)
                 advance(done)
+    if isinstance(pair.cache.lasting, Disk) and not pair.cache.lasting.writes:
+        raise StorageError("not all rows could be kept; make room, and give the same command again for the others")
     return f"{total} rows are kept; train with teacher.cache=disk"
 
 

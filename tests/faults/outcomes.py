@@ -35,15 +35,21 @@ class Ledger:
 
     say: Callable[[str], None] = lambda _: None
     counts: dict[str, Counter[Outcome]] = field(default_factory=dict[str, Counter[Outcome]])
+    hits: dict[str, Counter[str]] = field(default_factory=dict[str, Counter[str]])
     losses: list[str] = field(default_factory=list[str])
     reasons: set[str] = field(default_factory=set[str])
     seconds: Counter[str] = field(default_factory=Counter[str])
 
-    def case(self, fault: str, act: Callable[[], Outcome], about: str = "") -> Outcome:
-        """Try ``fault`` once; ``about`` is what a report of a loss needs for doing it again."""
+    def case(self, fault: str, act: Callable[[], Outcome | tuple[Outcome, str]], about: str = "") -> None:
+        """Try ``fault`` once; ``about`` is what a report of a loss needs for doing it again.
+
+        ``act`` may also return what exactly the fault hit.
+        """
         began = time.monotonic()
         try:
-            outcome = act()
+            found = act()
+            outcome, hit = found if isinstance(found, tuple) else (found, "")
+            self.hits.setdefault(fault, Counter())[hit] += bool(hit)
         except ImpossibleHereError as reason:
             outcome = IMPOSSIBLE
             self.reasons.add(f"{fault}: {reason}")
@@ -55,7 +61,6 @@ class Ledger:
             self.say(f"LOST {self.losses[-1]}")
         self.counts.setdefault(fault, Counter())[outcome] += 1
         self.seconds[fault] += time.monotonic() - began
-        return outcome
 
     @property
     def tried(self) -> int:
@@ -72,5 +77,7 @@ class Ledger:
         for fault, found in self.counts.items():
             made = sum(n for outcome, n in found.items() if outcome != IMPOSSIBLE)
             shown = "; ".join(f"{outcome}: {n}" for outcome, n in found.most_common())
+            hit = ", ".join(f"{name} {n}" for name, n in self.hits.get(fault, Counter()).most_common() if n)
+            shown += f" ({hit})" if hit else ""
             rows.append(f"| {fault} | {made} | {shown} |")
         return "\n".join(rows)

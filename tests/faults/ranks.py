@@ -17,7 +17,7 @@ import yaml
 from distillm.errors import ProcessError
 from faults.children import Child, Ended
 from faults.kills import assert_saved
-from faults.outcomes import ERROR_THEN_SAME, Ledger, Outcome
+from faults.outcomes import ERROR_THEN_SAME, SAME, Ledger, Outcome
 from tiny_run import assert_same_run, materials, settings
 
 SHORT = {"kill": 1, "hang": 0, "torchrun": 0}
@@ -113,7 +113,8 @@ def disturbed(bench: Bench, folder: Path, by: int, draw: random.Random) -> Outco
     if ended.code != 0:  # the last thing that is waited for comes before the end
         ended.refused(ProcessError.exit_code)
         assert "resume=auto" in ended.said or chosen == 0
-    return bench.finished(folder)
+    outcome = bench.finished(folder)
+    return SAME if ended.code == 0 else outcome
 
 
 def launched(bench: Bench, folder: Path, by: int) -> Outcome:
