@@ -91,8 +91,8 @@ def _all_heard(run: Run, folder: RunFolder) -> Generator[list[Project]]:
         made = list_checkpoints(folder.checkpoints)
         said = f"the newest checkpoint is step {step_of(made[-1])}" if made else "there is no checkpoint yet"
         raise ProcessError(
-            f"{at}, another process of this run ended, or said nothing for {run.train.timeout_minutes:g} minutes; {said}.\n"
-            "Look at what it said, and start all of them again with resume=auto. If it was only slow, raise "
+            f"{at}, another process of this run ended, or said nothing for {run.train.timeout_minutes:g} minutes; "
+            f"{said}.\nLook at what it said, and start all of them again with resume=auto. If it was only slow, raise "
             f"train.timeout_minutes.\n({str(error).splitlines()[0].partition(' This is')[0]})"
         ) from error
 

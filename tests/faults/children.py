@@ -128,9 +128,9 @@ class Count:
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
             nonlocal seen
-            if event in killed.OPERATIONS and isinstance(arguments[0], str | os.PathLike):
-                if re.search(self.pattern, f"{event} {os.fspath(arguments[0])}"):
-                    seen += 1
-                    os.pwrite(told, json.dumps(seen).encode(), 0)
+            known = event in killed.OPERATIONS and isinstance(arguments[0], str | os.PathLike)
+            if known and re.search(self.pattern, f"{event} {os.fspath(arguments[0])}"):
+                seen += 1
+                os.pwrite(told, json.dumps(seen).encode(), 0)
 
         sys.addaudithook(hook)

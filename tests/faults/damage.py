@@ -19,7 +19,7 @@ from distillm.teacher_cache import entries
 from faults.outcomes import AGAIN, ERROR, ERROR_THEN_SAME, SAME, WITHOUT, Ledger, Outcome
 from tiny_run import Heard, figures, lines, materials, same_weights, scores, tiny_run, weights
 
-SHORT = {"the newest checkpoint": 8, "the teacher cache": 5, "the responses": 6, "the run folder": 8, "the data": 8}
+SHORT = {"the newest checkpoint": 5, "the teacher cache": 3, "the responses": 4, "the run folder": 5, "the data": 4}
 FULL = {"the newest checkpoint": 90, "every checkpoint": 30, "the teacher cache": 60, "the responses": 60}
 FULL |= {"the run folder": 120, "the student": 20, "the data": 100}
 QUICK: dict[str, Any] = {"evaluation.seeds": [1], "evaluation.compare": []}
@@ -195,7 +195,9 @@ def responses(bench: Bench, damage: Damage, _: int) -> Outcome:
     else:
         outcome = AGAIN if any("are damaged and are written again" in text for text in said) else SAME
     bench.finished(run, bench.written)
-    tokens = [{entry["prompt"]: entry["tokens"] for entry in lines(path)[1:]} for path in (kept, bench.written / kept.name)]
+    tokens = [
+        {entry["prompt"]: entry["tokens"] for entry in lines(path)[1:]} for path in (kept, bench.written / kept.name)
+    ]
     assert tokens[0] == tokens[1]
     return outcome
 

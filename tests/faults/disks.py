@@ -16,7 +16,7 @@ from faults.kills import Work, works
 from faults.outcomes import ERROR_THEN_SAME, SAME, WITHOUT, ImpossibleHereError, Ledger, Outcome
 from tiny_run import materials
 
-SHORT = {"full": 1, "limit": 1, "read-only": 1}
+SHORT = {"full": 1, "limit": 1, "read-only": 0}
 FULL = {"full": 16, "limit": 8, "read-only": 6}
 HARMED = [
     "training",
@@ -96,7 +96,7 @@ def finished(work: Work, folder: Path, log: Path, ended: Ended) -> Outcome | tup
     work.same(folder, work.whole)
     if ended.code == 0:
         return WITHOUT if told else SAME
-    said = ended.said[ended.said.rindex("error: ") :]
+    said = ended.said.rpartition("\nerror: ")[2]
     hit = next((name for pattern, name in FILES.items() if re.search(pattern, said)), "")
     return ERROR_THEN_SAME, hit
 

@@ -21,7 +21,7 @@ from faults.children import Child, Count, DieAt, distillm, on
 from faults.outcomes import SAME, Ledger, Outcome
 from tiny_run import assert_same_run, figures, lines, materials, rows, scores, settings, write_rows
 
-SHORT = {"training": 3, "filling the cache": 2, "generating the teacher's responses": 2}
+SHORT = {"training with a cache on disk": 2}
 FULL = {
     "training": 20,
     "saving": 20,

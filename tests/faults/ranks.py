@@ -126,9 +126,7 @@ def launched(bench: Bench, folder: Path, by: int) -> Outcome:
         while not list((folder / "run" / "checkpoints").glob("step-*")):
             assert launcher.poll() is None, launcher.stderr and launcher.stderr.read()
             time.sleep(0.01)
-        workers = [
-            each for each in psutil.Process(launcher.pid).children() if each.environ().get("RANK") == "1"
-        ]
+        workers = [each for each in psutil.Process(launcher.pid).children() if each.environ().get("RANK") == "1"]
         os.kill(workers[0].pid, by)
         _, said = launcher.communicate(timeout=HANG_SECONDS + GRACE)
     assert launcher.returncode != 0, said
