@@ -168,7 +168,7 @@ def test_scores_are_forgotten_by_system_by_data_or_all(tmp_path: Path):
     def write() -> None:
         for data in ("a", "a-2", "b.1"):
             for system in ("before", "student"):
-                folder.write_eval(f"{data}-{system}", {"data": data})
+                folder.write_eval(f"{data}-{system}", {"data": data, "scores": {}, "predictions": []})
 
     write()
     assert folder.has_eval("a-student")

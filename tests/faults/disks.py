@@ -91,6 +91,7 @@ def finished(work: Work, folder: Path, log: Path, ended: Ended) -> Outcome | tup
     if ended.code != 0:
         ended.refused(StorageError.exit_code)
     assert told <= 1, ended.said
+    assert not (told and "rows are kept" in ended.said), "it says that all is kept, which is not"
     work.kept(folder, work.whole)
     distillm(log, *work.arguments(folder)).well()
     work.same(folder, work.whole)
@@ -107,8 +108,8 @@ def full(work: Work, folder: Path, draw: random.Random) -> Outcome | tuple[Outco
     disk = disk_of(work, folder)
     with small_disk(disk):
         arguments = work.arguments(folder)
-        # The report is larger than everything before it: half of the disks are full before it is written.
-        ballast = fill(disk, int(draw.uniform(0, draw.choice([0.15, 1.1])) * needed(disk_of(work, work.whole))))
+        # The report is larger than everything before it: most disks are full before that, some as the log begins.
+        ballast = fill(disk, int(draw.uniform(0, draw.choice([0.003, 0.15, 1.1])) * needed(disk_of(work, work.whole))))
         ended = distillm(log, *arguments)
         ballast.unlink()
         return finished(work, folder, log, ended)
