@@ -29,7 +29,7 @@ from distillm.checkpoint import (
     sweep,
     written_aside,
 )
-from distillm.errors import StorageError
+from distillm.errors import StorageError, TrainingError
 from distillm.sources import ReplayBuffer
 from distillm.train import parameter_groups
 from distillm.types import Example, State
@@ -197,6 +197,20 @@ def test_garbage_in_the_state_is_a_damaged_checkpoint(tmp_path: Path, text: str)
     reseal(checkpoint)
     with pytest.raises(StorageError, match="is damaged"):
         load_checkpoint(checkpoint, model, optimizer, State(), ReplayBuffer(1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("what", ["weights", "averages"])
+def test_what_is_not_finite_is_not_saved_and_takes_no_place(tmp_path: Path, what: str, value: float):
+    first, model, optimizer = saved(tmp_path)
+    before = tree(tmp_path)
+    weight = next(model.parameters())
+    spoiled = weight.data if what == "weights" else optimizer.state[weight]["exp_avg_sq"]
+    spoiled.view(-1)[-1] = value
+    with pytest.raises(TrainingError, match=rf"step 13: .*{what} are no longer finite .*no checkpoint was written"):
+        save_checkpoint(tmp_path, model, optimizer, State(step=13), ReplayBuffer(1), None)
+    assert tree(tmp_path) == before
+    assert list_checkpoints(tmp_path) == [first]
 
 
 FILES = ["student.safetensors", "optimizer.safetensors", "generators.safetensors", "state.json", CHECKSUMS]
