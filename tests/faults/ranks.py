@@ -107,9 +107,11 @@ def disturbed(bench: Bench, folder: Path, by: int, draw: random.Random) -> Outco
     until_begun(folder / "run", pair.both[0])
     time.sleep(draw.uniform(0, 0.6 * bench.seconds))
     os.kill(pair.both[chosen].pid, by)
-    ended: Ended = pair.both[1 - chosen].wait(2 * HANG_SECONDS + 10)
-    pair.both[chosen].process.kill()
-    pair.both[chosen].process.join()
+    try:
+        ended: Ended = pair.both[1 - chosen].wait(2 * HANG_SECONDS + 10)
+    finally:
+        pair.both[chosen].process.kill()  # one that is stopped would never end
+        pair.both[chosen].process.join()
     if ended.code != 0:  # the last thing that is waited for comes before the end
         ended.refused(ProcessError.exit_code)
         assert "resume=auto" in ended.said or chosen == 0
@@ -128,7 +130,12 @@ def launched(bench: Bench, folder: Path, by: int) -> Outcome:
             time.sleep(0.01)
         workers = [each for each in psutil.Process(launcher.pid).children() if each.environ().get("RANK") == "1"]
         os.kill(workers[0].pid, by)
-        _, said = launcher.communicate(timeout=HANG_SECONDS + GRACE)
+        try:
+            _, said = launcher.communicate(timeout=HANG_SECONDS + GRACE)
+        finally:  # nothing if all went well; else what hangs must not outlive the case
+            for each in [*workers, launcher]:
+                if each.poll() is None if isinstance(each, subprocess.Popen) else each.is_running():
+                    each.kill()
     assert launcher.returncode != 0, said
     assert b"another process of this run ended" in said, said[-3000:]
     assert_saved(folder / "run", bench.whole / "run")
