@@ -132,10 +132,10 @@ def launched(bench: Bench, folder: Path, by: int) -> Outcome:
         os.kill(workers[0].pid, by)
         try:
             _, said = launcher.communicate(timeout=HANG_SECONDS + GRACE)
-        finally:  # nothing if all went well; else what hangs must not outlive the case
-            for each in [*workers, launcher]:
-                if each.poll() is None if isinstance(each, subprocess.Popen) else each.is_running():
-                    each.kill()
+        except subprocess.TimeoutExpired:
+            for each in [*workers, launcher]:  # what hangs must not outlive the case
+                each.kill()
+            raise
     assert launcher.returncode != 0, said
     assert b"another process of this run ended" in said, said[-3000:]
     assert_saved(folder / "run", bench.whole / "run")
