@@ -83,7 +83,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 def remove(folder: Path) -> None:
     """Delete ``folder`` so that a kill on the way leaves no half of it under its name."""
-    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.gone")  # which, unlike .old, never comes back
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
@@ -95,7 +95,7 @@ def sweep(folder: Path) -> None:
         target = path.with_name(path.name[1:].rsplit(".", 2)[0])
         if not target.exists():
             os.replace(path, target)
-    for path in [*folder.glob(".*.partial"), *folder.glob(".*.old")]:
+    for path in [each for kind in ("partial", "old", "gone") for each in folder.glob(f".*.{kind}")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -118,7 +118,10 @@ def written_aside(target: Path) -> Generator[Path]:
             os.replace(target, old)
         os.replace(scratch, target)
         flush(target.parent)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # A full disk is an Exception without a type of its own to the tokenizers package, with the system's words.
+        if not (isinstance(error, OSError | SafetensorError) or "(os error " in str(error)):
+            raise
         raise StorageError(f"could not write {target}: {error}. Nothing that was saved before is lost.") from error
     finally:
         if old.exists() and not target.exists():

@@ -223,7 +223,8 @@ def run_folder(bench: Bench, damage: Damage, which: int) -> Outcome:
         return outcome
     whole = (bench.whole if finished else bench.half) / name
     intact = {line for line in whole.read_bytes().split(b"\n")[:-1] if line in left and b'"step": 7' not in line}
-    assert intact <= set((folder / name).read_bytes().split(b"\n")), "a line that could be read is gone"
+    after = set((folder / name).read_bytes().split(b"\n")) if (folder / name).exists() else set[bytes]()
+    assert intact <= after, "a line that could be read is gone"
     if name == "samples.jsonl":
         return outcome
     steps = [entry["step"] for entry in lines(folder / name, "step")]
