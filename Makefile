@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO ?=
-.PHONY: demo test test-data test-slow lint clean
+FAULTS ?=
+.PHONY: demo test test-data test-slow faults lint clean
 
 # One marker per set of requirements: installing again only when they changed.
 $(VENV)/.package: pyproject.toml constraints.txt
@@ -33,6 +34,10 @@ test-data: $(VENV)/.dev $(VENV)/.teacher
 
 test-slow: $(VENV)/.dev $(VENV)/.teacher
 	$(BIN)/python -m pytest -m slow -q
+
+# Kills, full disks, damaged files, dying processes, faulty servers: half an hour; writes the table in docs/reliability.md.
+faults: $(VENV)/.dev
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m faults $(FAULTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

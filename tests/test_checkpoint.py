@@ -24,12 +24,13 @@ from distillm.checkpoint import (
     load_checkpoint,
     load_student,
     newest_whole,
+    remove,
     save_checkpoint,
     step_of,
     sweep,
     written_aside,
 )
-from distillm.errors import StorageError
+from distillm.errors import StorageError, TrainingError
 from distillm.sources import ReplayBuffer
 from distillm.train import parameter_groups
 from distillm.types import Example, State
@@ -199,6 +200,20 @@ def test_garbage_in_the_state_is_a_damaged_checkpoint(tmp_path: Path, text: str)
         load_checkpoint(checkpoint, model, optimizer, State(), ReplayBuffer(1))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("what", ["weights", "averages"])
+def test_what_is_not_finite_is_not_saved_and_takes_no_place(tmp_path: Path, what: str, value: float):
+    first, model, optimizer = saved(tmp_path)
+    before = tree(tmp_path)
+    weight = next(model.parameters())
+    spoiled = weight.data if what == "weights" else optimizer.state[weight]["exp_avg_sq"]
+    spoiled.view(-1)[-1] = value
+    with pytest.raises(TrainingError, match=rf"step 13: .*{what} are no longer finite .*no checkpoint was written"):
+        save_checkpoint(tmp_path, model, optimizer, State(step=13), ReplayBuffer(1), None)
+    assert tree(tmp_path) == before
+    assert list_checkpoints(tmp_path) == [first]
+
+
 FILES = ["student.safetensors", "optimizer.safetensors", "generators.safetensors", "state.json", CHECKSUMS]
 
 
@@ -303,11 +318,41 @@ def test_a_failed_replacement_of_a_file_leaves_the_old_one(tmp_path: Path):
 
 
 def test_sweeping_removes_scratch_and_nothing_else(tmp_path: Path):
-    for name in (".step-00000002.7.partial", ".step-00000002.7.old", "step-00000002", ".git"):
+    for name in (".step-00000002.7.partial", ".step-00000002.7.old", ".step-1.7.gone", "step-00000002", ".git"):
         (tmp_path / name).mkdir()
     (tmp_path / ".run.yaml.7.partial").write_text("half")
     sweep(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".git", "step-00000002"]
+
+
+def test_a_checkpoint_whose_removal_was_killed_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, *_ = saved(tmp_path)
+
+    def killed(doomed: Path, **_: Any) -> None:
+        (doomed / CHECKSUMS).unlink(missing_ok=True)
+        if doomed.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("distillm.checkpoint.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove(checkpoint)
+    assert len(list(tmp_path.iterdir())) == 1
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_told_by_the_tokenizers_package_is_put_in_words(tmp_path: Path) -> None:
+    def fail(error: Exception) -> None:
+        with written_aside(tmp_path / "student"):
+            raise error
+
+    with pytest.raises(StorageError, match=r"could not write .*No space left"):
+        fail(Exception("No space left on device (os error 28)"))
+    with pytest.raises(Exception, match=r"^something else$"):
+        fail(Exception("something else"))
 
 
 def test_sweeping_puts_back_what_was_set_aside_when_nothing_took_its_place(tmp_path: Path):

@@ -168,7 +168,7 @@ def test_scores_are_forgotten_by_system_by_data_or_all(tmp_path: Path):
     def write() -> None:
         for data in ("a", "a-2", "b.1"):
             for system in ("before", "student"):
-                folder.write_eval(f"{data}-{system}", {"data": data})
+                folder.write_eval(f"{data}-{system}", {"data": data, "scores": {}, "predictions": []})
 
     write()
     assert folder.has_eval("a-student")
@@ -181,3 +181,44 @@ def test_scores_are_forgotten_by_system_by_data_or_all(tmp_path: Path):
     write()
     folder.forget_eval()
     assert left() == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "[]", '{"data": "a"}', '{"scores": 1, "predictions": []}'])
+def test_scores_that_cannot_be_read_are_not_there(tmp_path: Path, text: str):
+    folder = a_run(tmp_path)
+    folder.write_eval("a-student", {"scores": {}, "predictions": []})
+    assert folder.has_eval("a-student")
+    (tmp_path / "eval" / "a-student.json").write_text(text)
+    assert not folder.has_eval("a-student")
+
+
+@pytest.mark.parametrize("harm", ["nothing", "torn", "a line", "all"])
+def test_a_log_that_lacks_steps_is_told_and_one_that_was_torn_by_a_kill_is_not(tmp_path: Path, harm: str):
+    folder = RunFolder(tmp_path)
+    folder.open(resume=False, overwrite=False)
+    for step in range(1, 6):
+        folder.append("metrics.jsonl", {"kind": "step", "step": step})
+        folder.append("samples.jsonl", {"step": step, "student": "text"})
+    log = tmp_path / "metrics.jsonl"
+    kept = log.read_text().splitlines(keepends=True)
+    changed = {"nothing": kept, "torn": [*kept, '{"kind'], "a line": [*kept[:2], "?\n", *kept[3:]], "all": []}[harm]
+    log.write_text("".join(changed))
+    folder.forget_after(4)
+    missing = {"a line": 1, "all": 4}.get(harm)
+    assert len(folder.damaged) == (missing is not None)
+    assert missing is None or f"lacks {missing} of the 4 steps" in folder.damaged[0]
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 4
+
+
+def test_what_cannot_be_deleted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = a_run(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("distillm.folder.remove", refuse)
+    with pytest.raises(StorageError, match=r"could not change .*checkpoints.*Read-only file system"):
+        folder.retain(1, None)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(StorageError, match="could not change"):
+        folder.forget_eval()

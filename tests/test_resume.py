@@ -355,7 +355,7 @@ def _moment(folder: Path) -> set[str]:
         "before": bool(steps) and not saved,
         "partial": any((folder / "checkpoints").glob(".*.partial")),
         "saved": bool(made) and made == len(steps),
-        "retaining": any((folder / "checkpoints").glob(".*.old")),
+        "retaining": any((folder / "checkpoints").glob(".*.gone")),
         "trained": made == 8 and not (folder / "student").exists(),
         "student": any(folder.glob(".student.*")),
         "scored": (folder / "eval" / "numbers-student.json").exists(),

@@ -152,6 +152,29 @@ def test_sampled_responses_are_of_a_seed_and_the_same_weights_may_lie_elsewhere(
         responses(path, Teacher(), **sampled, seed=2)
 
 
+@pytest.mark.parametrize(("old", "new"), [('"tokens": [', '"tokens": [3'), ("}", ""), ('"prompt"', '"prompf"')])
+def test_a_damaged_response_is_told_and_it_alone_written_again(path: Path, old: str, new: str) -> None:
+    responses(path, Teacher())(ROWS)
+    before = path.read_text().split("\n")
+    assert old in before[2]
+    path.write_text("\n".join([*before[:2], before[2].replace(old, new), *before[3:]]))
+    again, said = Teacher(), list[str]()
+    assert responses(path, again, note=said.append)(ROWS) == ANSWERS
+    assert again.asked == [["row:1"]]
+    assert len(said) == 1
+    assert "1 responses are damaged and are written again" in said[0]
+    assert sorted(path.read_text().split("\n")) == sorted(before)
+
+
+def test_responses_from_before_there_were_checksums_are_read(path: Path) -> None:
+    responses(path, Teacher())(ROWS)
+    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    path.write_text("".join(json.dumps({k: v for k, v in e.items() if k != "crc32"}) + "\n" for e in lines))
+    later = Teacher()
+    assert responses(path, later)(ROWS) == ANSWERS
+    assert later.asked == []
+
+
 @pytest.mark.parametrize(
     "text",
     ["not json\n", '{"teacher": "x"}\n{"prompt": "y"}\n', "[1, 2]\n", '{"a": 1}\n[3]\n', '{"instruction": "Hi"}\n'],

@@ -310,6 +310,27 @@ def test_a_file_of_the_same_shape_with_no_checksum_is_not_believed(tmp_path: Pat
     assert len(said) == 1
 
 
+def test_a_file_of_another_type_with_the_same_bits_is_not_believed(tmp_path: Path) -> None:
+    said, note = heard()
+    cache = TeacherCache("teacher", disk(tmp_path, note=note), None)
+    (right,) = cache.states([row(0)], states_of)
+    (entry,) = entries(tmp_path)
+    entry.path.write_bytes(entry.path.read_bytes().replace(b'"F32"', b'"I32"'))
+    (again,) = cache.states([row(0)], states_of)
+    assert again.dtype == right.dtype
+    assert torch.equal(again, right)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_states_that_are_not_finite_are_never_kept(tmp_path: Path, value: float) -> None:
+    cache = TeacherCache("teacher", disk(tmp_path), None)
+    (bad,) = cache.states([row(0)], lambda rows: [states * value for states in states_of(rows)])
+    assert not bool(bad.isfinite().all())
+    assert list(entries(tmp_path)) == []
+    assert torch.equal(cache.states([row(0)], states_of)[0], states_of([row(0)])[0])
+
+
 FULL = """
 import resource, sys, torch
 from pathlib import Path

@@ -4,12 +4,13 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from transformers import PreTrainedModel
 
 from . import methods, sources
@@ -141,6 +142,7 @@ def make_accelerator(run: Run, *, several: bool = False) -> Accelerator:
             mixed_precision=run.train.mixed_precision if mixed else "no",
             log_with=None if run.tracker == "none" else run.tracker,
             project_dir=run.output,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=run.train.timeout_minutes))],
         )
     except ValueError as error:
         if not mixed:

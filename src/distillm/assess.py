@@ -1,5 +1,6 @@
 """Score a run's model on rows: the one place that selection, the final test and ``distillm eval`` share."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 
 from .assembly import make_sampling
 from .config import Run
+from .errors import TrainingError
 from .evaluation import Result, evaluate, summary
 from .evaluation.fidelity import fidelity
 from .evaluation.run import decode
@@ -32,6 +34,9 @@ def assess(
     """Scores and predictions of ``model``, and what its probabilities say at the references.
 
     For the student also how near they are to the teacher's.
+
+    Raises:
+        TrainingError: what a model computes is no number.
     """
     result = evaluate(
         model,
@@ -56,6 +61,9 @@ def assess(
         examples = [as_teacher_reads(example) for example in examples]
     if any(any(example.targets) for example in examples):
         figures = fidelity(pair, examples, divergence=run.validation.divergence, batch_size=run.train.micro_batch_size)
+        odd = [name for name, value in figures.items() if math.isnan(value)]
+        if odd:
+            raise TrainingError(f"{', '.join(odd)} of the scored rows is nan: the weights of a model are damaged")
         result["scores"] |= {name: summary([value]) for name, value in figures.items()}
     return result
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import StorageError
+from .errors import StorageError, TrainingError
 from .processes import by_first, rank, together
 from .sharding import gathered, like
 from .sources import ReplayBuffer
@@ -84,7 +84,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 def remove(folder: Path) -> None:
     """Delete ``folder`` so that a kill on the way leaves no half of it under its name."""
-    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.gone")  # which, unlike .old, never comes back
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
@@ -96,7 +96,7 @@ def sweep(folder: Path) -> None:
         target = path.with_name(path.name[1:].rsplit(".", 2)[0])
         if not target.exists():
             os.replace(path, target)
-    for path in [*folder.glob(".*.partial"), *folder.glob(".*.old")]:
+    for path in [each for kind in ("partial", "old", "gone") for each in folder.glob(f".*.{kind}")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -119,7 +119,10 @@ def written_aside(target: Path) -> Generator[Path]:
             os.replace(target, old)
         os.replace(scratch, target)
         flush(target.parent)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # A full disk is an Exception without a type of its own to the tokenizers package, with the system's words.
+        if not (isinstance(error, OSError | SafetensorError) or "(os error " in str(error)):
+            raise
         raise StorageError(f"could not write {target}: {error}. Nothing that was saved before is lost.") from error
     finally:
         if old.exists() and not target.exists():
@@ -134,6 +137,10 @@ def save_checkpoint(
     """Write ``folder/step-N``. ``extra`` is JSON that the caller gets back from ``load_checkpoint``.
 
     Of several processes the first one writes, with the generators of all; none goes on before it has.
+
+    Raises:
+        StorageError: it could not be written.
+        TrainingError: a weight, or one of AdamW's averages, is not finite: no run can go on from there.
     """
     target, everyone = folder / f"step-{state.step:08d}", together(_generators)
     generators = {
@@ -141,8 +148,17 @@ def save_checkpoint(
     }
 
     weights, moments = gathered(student_tensors(student)), gathered(_moments(optimizer))
+    learned = {name for name, _ in student.named_parameters()}  # a constant beside them may be infinite
 
     def write() -> None:
+        parameters = {name: each for name, each in weights.items() if name in learned}
+        for what, tensors in {"the student's weights": parameters, "the optimizer's averages": moments}.items():
+            odd = next((name for name, each in tensors.items() if not bool(each.isfinite().all())), None)
+            if odd is not None:
+                raise TrainingError(
+                    f"step {state.step}: {what} are no longer finite ({odd}), so no checkpoint was written.\n"
+                    "Try a lower optim.lr, or train in float32."
+                )
         with written_aside(target) as scratch:
             save_file(weights, scratch / "student.safetensors")
             save_file(moments, scratch / "optimizer.safetensors")

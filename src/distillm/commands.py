@@ -12,7 +12,7 @@ from .config import Run
 from .data import all_texts
 from .data_settings import Data, Source
 from .display import Display
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, StorageError
 from .evaluation import Result
 from .evaluation.run import seeds_used
 from .kept_teacher import KeptTeacher, keep
@@ -23,6 +23,7 @@ from .report.text import parameter_count
 from .rows import check_room, end_of_response, placed, read_source, task_of, tokenised
 from .shrinking import shrink as shrunk
 from .tasks import CHAT
+from .teacher_cache import Disk
 from .train import micro_batches
 from .vocabulary import end_ids, train_tokenizer
 
@@ -117,6 +118,7 @@ def warm(run: Run, display: Display) -> str:
 
     Raises:
         ConfigError: the run has no teacher, or one whose states are not kept.
+        StorageError: there was no room for all of them.
     """
     if run.teacher is None:
         raise ConfigError("the run has no teacher whose states could be kept")
@@ -138,6 +140,8 @@ def warm(run: Run, display: Display) -> str:
                     pair.teacher_head(part)
                 done += len(part)
                 advance(done)
+    if isinstance(pair.cache.lasting, Disk) and not pair.cache.lasting.writes:
+        raise StorageError("not all rows could be kept; make room, and give the same command again for the others")
     kept = f"{total} rows are kept; train with teacher.cache=disk"
     if not isinstance(pair.teacher, LocalTeacher) or run.teacher.adapter_off:
         return kept

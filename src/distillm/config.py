@@ -111,6 +111,9 @@ class Train(Section):
     docs/processes.md. Generation, validation and scoring gather the weights for their time."""
     cpu_offload: bool = False
     """With `shard`: keep them in the memory of the CPU, where the optimizer works too; slower, for the last resort."""
+    timeout_minutes: PositiveFloat = 120.0
+    """Of several processes: how long one waits for the others before the run ends with an error. The others wait while
+    the first one saves, or asks a server."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":

@@ -48,6 +48,12 @@ class ServerError(DistillmError):
     exit_code = 5
 
 
+class ProcessError(DistillmError):
+    """Another process of the same run has ended, or is not heard of any more."""
+
+    exit_code = 6
+
+
 class Interrupted(DistillmError):
     """The user stopped the work; what was done is saved."""
 

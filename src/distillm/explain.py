@@ -71,7 +71,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in settings.items():
         inner = typing.cast(dict[str, Any], value) if isinstance(value, dict) else None
-        found |= {prefix + key: value} if inner is None else flat(inner, f"{prefix}{key}.")
+        found |= {f"{prefix}{key}": value} if inner is None else flat(inner, f"{prefix}{key}.")
     return found
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +70,16 @@ class RunFolder:
         if not self.condemned:
             return
         self.condemned = False
-        for checkpoint in list_checkpoints(self.checkpoints):
-            remove(checkpoint)
-        for path in self.checkpoints.glob(f"{DAMAGED}*"):
-            shutil.rmtree(path)
-        for name in ("eval", "student", "distillm"):  # distillm: what a tracker wrote
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("samples.jsonl", "responses.jsonl", "report.html", "metrics.jsonl", "run.yaml"):
-            (self.path / name).unlink(missing_ok=True)
-        (self.path / "eval").mkdir()
+        with _changing(self.path):
+            for checkpoint in list_checkpoints(self.checkpoints):
+                remove(checkpoint)
+            for path in self.checkpoints.glob(f"{DAMAGED}*"):
+                shutil.rmtree(path)
+            for name in ("eval", "student", "distillm"):  # distillm: what a tracker wrote
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            for name in ("samples.jsonl", "responses.jsonl", "report.html", "metrics.jsonl", "run.yaml"):
+                (self.path / name).unlink(missing_ok=True)
+            (self.path / "eval").mkdir()
 
     @first_alone
     def append(self, name: str, entry: dict[str, Any]) -> None:
@@ -89,23 +92,33 @@ class RunFolder:
 
     @first_alone
     def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run will make again, and a torn last line."""
+        """Drop the lines of steps that a resumed run will make again, and a torn last line.
+
+        How many of the steps before have no line any more, which no kill brings about, is left in ``damaged``.
+        """
+        logged: set[float] = set()
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.path / name
             if path.exists():
-                kept = [
-                    line
-                    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")
-                    if _step(line) <= step
-                ]
+                with _changing(path):
+                    text = path.read_text(encoding="utf-8", errors="replace")
+                kept = [line for line in text.split("\n") if _step(line) <= step]
+                logged |= {_step(line, "step") for line in kept}
                 write_text(path, "".join(line + "\n" for line in kept))
+        missing = sum(number not in logged for number in range(1, step + 1))
+        if missing:
+            self.damaged.append(
+                f"metrics.jsonl lacks {missing} of the {step} steps that were made: it was damaged or deleted. The "
+                "student is not affected."
+            )
 
     @first_alone
     def retain(self, keep: int, best: int | None) -> None:
         """Delete all checkpoints but the ``keep`` newest and the best."""
-        for checkpoint in list_checkpoints(self.checkpoints)[:-keep]:
-            if best is None or checkpoint.name != f"step-{best:08d}":
-                remove(checkpoint)
+        with _changing(self.checkpoints):
+            for checkpoint in list_checkpoints(self.checkpoints)[:-keep]:
+                if best is None or checkpoint.name != f"step-{best:08d}":
+                    remove(checkpoint)
 
     @first_alone
     def write_eval(self, name: str, result: dict[str, Any]) -> None:
@@ -119,15 +132,34 @@ class RunFolder:
             # Exactly: the name of another data set may begin with this one's.
             of_data, _, of_system = path.stem.rpartition("-")
             if data in ("", of_data) and system in ("", of_system):
-                path.unlink()
+                with _changing(path):
+                    path.unlink()
 
     def has_eval(self, name: str) -> bool:
-        """Whether ``eval/NAME.json`` is there already, for all processes alike."""
-        return by_first(lambda: (self.path / "eval" / f"{name}.json").exists())
+        """Whether ``eval/NAME.json`` is there already and can be read, for all processes alike."""
+        return by_first(lambda: _holds_scores(self.path / "eval" / f"{name}.json"))
 
 
-def _step(line: str) -> float:
+@contextmanager
+def _changing(path: Path) -> Generator[None]:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        yield
+    except OSError as error:
+        raise StorageError(f"could not change {path}: {error}. The checkpoints are whole.") from error
+
+
+def _holds_scores(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(found["scores"], dict) and isinstance(found["predictions"], list)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _step(line: str, kind: str | None = None) -> float:
+    """The step that a line is of, if it is of ``kind``; infinity for what cannot be read."""
+    try:
+        entry = json.loads(line)
+        return float(entry["step"]) if kind in (None, entry.get("kind")) else 0.0
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return float("inf")

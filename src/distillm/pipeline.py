@@ -18,13 +18,14 @@ from .assess import answers, assess
 from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of
 from .config import Run, as_yaml, changed, read_yaml
 from .display import Display
-from .errors import Interrupted, StorageError, Terminated, TrainingError
+from .errors import ConfigError, Interrupted, ProcessError, StorageError, Terminated, TrainingError
 from .evaluation.run import decode, seeds_used
 from .folder import RunFolder
-from .processes import anyone, by_first, count, first_alone, writes
+from .processes import anyone, by_first, count, first_alone, out_of_touch, writes
 from .project import Project, Stop, build, save_student, training, unless_stopped, validated
 from .provenance import provenance
 from .report import write_report
+from .report.read import mapping
 from .screen import without_credentials
 from .train import Step
 from .writing import write_text
@@ -44,30 +45,57 @@ def distill(run: Run, display: Display | None = None, command: str | None = None
     Raises:
         DistillmError: a setting, a file or a model cannot be used, or training diverged; the message says what to do.
         Interrupted: the user asked to stop; everything done so far is saved.
+        ProcessError: another process of the run has ended or hangs.
     """
-    accelerator = make_accelerator(run, several=True)
-    display = display if display is not None and writes() else Display(quiet=True)
     folder = RunFolder(Path(run.output))
-    checkpoint = folder.open(resume=run.resume == "auto", overwrite=run.overwrite)
-    with _interruptible(display) as stop, kept_by(account_for(run.device)):
-        project = build(run, display, stop, folder, accelerator)
-        try:
-            if checkpoint is not None:
-                _resume(project, checkpoint, command)
-            else:
-                _begin(project, command)
-            if project.state.step < project.state.total_steps:
-                folder.forget_eval(system="student")
-                _train(project)
-            _finish(project)
-            _log_time(project)
-            by_first(lambda: display.note(f"student: {folder.student}\nreport:  {_report(folder)}"))
-        except TrainingError as error:
-            _event(project, "failed", str(error), rows=error.rows)
-            state = project.state
-            where = f"In {folder.path}, after step {state.step} of {state.total_steps}: {_last_good(project)}."
-            raise TrainingError(f"{error}\n{where}", error.rows) from error
+    with _all_heard(run, folder) as met:
+        accelerator = make_accelerator(run, several=True)
+        display = display if display is not None and writes() else Display(quiet=True)
+        checkpoint = folder.open(resume=run.resume == "auto", overwrite=run.overwrite)
+        with _interruptible(display) as stop, kept_by(account_for(run.device)):
+            project = build(run, display, stop, folder, accelerator)
+            met.append(project)
+            _whole(project, checkpoint, command)
     return folder.path
+
+
+def _whole(project: Project, checkpoint: Path | None, command: str | None) -> None:
+    folder, display = project.folder, project.display
+    try:
+        if checkpoint is not None:
+            _resume(project, checkpoint, command)
+        else:
+            _begin(project, command)
+        if project.state.step < project.state.total_steps:
+            folder.forget_eval(system="student")
+            _train(project)
+        _finish(project)
+        _log_time(project)
+        by_first(lambda: display.note(f"student: {folder.student}\nreport:  {_report(folder)}"))
+    except TrainingError as error:
+        _event(project, "failed", str(error), rows=error.rows)
+        state = project.state
+        where = f"In {folder.path}, after step {state.step} of {state.total_steps}: {_last_good(project)}."
+        raise TrainingError(f"{error}\n{where}", error.rows) from error
+
+
+@contextmanager
+def _all_heard(run: Run, folder: RunFolder) -> Generator[list[Project]]:
+    """Says where the work stood when another process was not heard of any more; it is given the project for that."""
+    met: list[Project] = []
+    try:
+        yield met
+    except RuntimeError as error:
+        if not out_of_touch(error):
+            raise
+        at = f"after step {met[0].state.step}" if met else "before the first step"
+        made = list_checkpoints(folder.checkpoints)
+        said = f"the newest checkpoint is step {step_of(made[-1])}" if made else "there is no checkpoint yet"
+        raise ProcessError(
+            f"{at}, another process of this run ended, or said nothing for {run.train.timeout_minutes:g} minutes; "
+            f"{said}.\nLook at what it said, and start all of them again with resume=auto. If it was only slow, raise "
+            f"train.timeout_minutes.\n({str(error).splitlines()[0].partition(' This is')[0]})"
+        ) from error
 
 
 def _report(folder: RunFolder) -> Path:
@@ -91,9 +119,10 @@ def _describe(project: Project, command: str | None, resumed: bool = False) -> N
     bf16 = project.run.train.mixed_precision == "bf16" or project.run.student.dtype == "bfloat16"
     origin["peak_flops"] = peak_rate(device, torch.bfloat16 if bf16 else torch.float32)
     if resumed:  # what began the run stays; what it was gone on with is added
-        before = read_yaml(str(project.folder.path)).get("provenance") or {}
+        before = mapping(_saved_settings(project), "provenance")
         origin |= {key: before[key] for key in ("command", "started") if key in before}
-        origin["resumed"] = [*before.get("resumed", []), command and without_credentials(command)]
+        earlier, now = before.get("resumed"), command and without_credentials(command)
+        origin["resumed"] = [*(earlier if isinstance(earlier, list) else []), now]
     text = as_yaml(project.run.model_copy(update={"provenance": origin}))
     write_text(project.folder.path / "run.yaml", text)
 
@@ -270,7 +299,7 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
         project.display.note(damaged)
     _event(project, "resumed", said)
     project.display.note(f"resumed {said}")
-    if differences:
+    if differences or not (project.folder.path / "run.yaml").exists():
         _describe(project, command, resumed=True)
     for name, now in {"threads": torch.get_num_threads(), "processes": count()}.items():
         if saved[name] != now:
@@ -282,11 +311,11 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
 
 def _changes(project: Project) -> list[str]:
     """The settings that differ from those in the run folder, whose scores go where they would no longer compare."""
-    folder = project.folder
-    if not (folder.path / "run.yaml").exists():
+    folder, saved = project.folder, _saved_settings(project)
+    if not saved:  # nobody knows what the scores are of
+        folder.forget_eval()
         return []
-    saved = read_yaml(str(folder.path))
-    differences, tests = changed(saved, project.run), {*saved["data"]["test"], *project.run.data.test}
+    differences, tests = changed(saved, project.run), {*mapping(saved, "data", "test"), *project.run.data.test}
     for key in (difference.partition("=")[0] for difference in differences):
         if key.startswith("data.test."):  # a name of a test set, or a part of where it is
             for name in tests:
@@ -295,6 +324,21 @@ def _changes(project: Project) -> list[str]:
         elif key.startswith(("student.", "teacher.", "data.", "generation.", "evaluation.")):
             folder.forget_eval()
     return differences
+
+
+def _saved_settings(project: Project) -> dict[str, Any]:
+    """The settings in the run folder; empty where there are none.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    path = project.folder.path / "run.yaml"
+    if not path.exists():
+        return {}
+    try:
+        return read_yaml(str(project.folder.path))
+    except ConfigError as error:
+        raise ConfigError(f"{error}\nDelete {path} to go on with the settings given: it is written anew") from error
 
 
 def _finish(project: Project) -> None:

@@ -97,5 +97,13 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
+def out_of_touch(error: RuntimeError) -> bool:
+    """Whether ``error`` says that another process has ended, or was not heard of for too long."""
+    # NCCL raises errors of torch's own; gloo bare ones, which name the place in its source.
+    return distributed.is_available() and (
+        isinstance(error, distributed.DistError) or (_several() and "gloo" in str(error))
+    )
+
+
 def _several() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -187,7 +187,7 @@ def validated(project: Project) -> dict[str, float]:
     """The figures of the student on the validation rows; what the method monitors joins the history that it reads.
 
     Raises:
-        TrainingError: the cross-entropy is not finite.
+        TrainingError: the cross-entropy is not finite, or the divergence is no number.
     """
     run, models, state = project.run, project.models, project.state
     examples = project.validation.examples
@@ -196,6 +196,11 @@ def validated(project: Project) -> dict[str, float]:
         raise TrainingError(
             f"step {state.step}: the cross-entropy on the validation rows is {figures['cross_entropy']}.\n"
             + ("Try a lower optim.lr, or train in float32." if state.step else "The student's weights are damaged.")
+        )
+    if math.isnan(figures.get("divergence", 0.0)):
+        raise TrainingError(
+            f"step {state.step}: the divergence to the teacher on the validation rows is nan, although the student's "
+            "cross-entropy is finite.\nThe teacher's weights are damaged, or its type does not hold what it computes."
         )
     trigger = run.method.trigger if isinstance(run.method, Distillation) else "validation_loss"
     if "rouge_l" in (run.validation.select, trigger):
@@ -292,6 +297,7 @@ def _responses(
         text,
         portion=8 * (run.generation.batch_size if served is None else served.jobs),
         seed=run.seed,
+        note=display.note,
     )
 
 

@@ -95,6 +95,8 @@ class Disk:
                 states, said = file.get_tensor("states"), file.metadata() or {}
             if said != {"key": key, "crc32": _checksum(states)}:
                 raise SafetensorError("its checksum is another one")
+            if not states.is_floating_point():  # the type is not in the checksum
+                raise SafetensorError(f"it holds {states.dtype}")
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, ValueError) as error:
@@ -256,7 +258,8 @@ class TeacherCache:
             for key, states in zip(part, teacher.states([by_key[key] for key in part]), strict=True):
                 found[key] = states
                 store = self._store(by_key[key])
-                if store is not None:
+                # What is not finite ends a run; kept on disk it would end every run after it as well.
+                if store is not None and bool(states.isfinite().all()):
                     store.put(key, states.cpu().clone())  # not a view of the whole batch
         return [found[key] for key in keys]
 
