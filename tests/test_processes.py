@@ -117,6 +117,13 @@ def test_two_processes_make_the_run_of_one(both: dict[str, tuple[Path, Path]], n
     assert_same_as_one(*both[name])
 
 
+def test_the_capacity_is_the_runs_or_each_process_has_its_own(made: Path, tmp_path: Path) -> None:
+    changes = {"method": METHODS["distillm"] | {"capacity_per_process": True}, "train.steps": 8}
+    run_together(tmp_path, [settings(made, tmp_path / "run", changes | {"method.initial_probability": 1.0})])
+    sizes = [entry["buffer"] for entry in lines(tmp_path / "run" / "metrics.jsonl", "step")]
+    assert max(sizes) == 2 * METHODS["distillm"]["capacity"]
+
+
 def test_every_row_is_validated_and_scored_once(both: dict[str, tuple[Path, Path]]) -> None:
     _, two = both["kd"]
     scored = json.loads((two / "eval" / "numbers-student.json").read_text(encoding="utf-8"))

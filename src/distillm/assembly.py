@@ -20,7 +20,7 @@ from .generation import Mixture, Sampling, generate
 from .loading import Models
 from .method_settings import Distillation, Distillm2, MiniLlm
 from .methods import Context, Method
-from .processes import rank
+from .processes import count, rank
 from .sources import ReplayBuffer
 from .train import parameter_groups
 from .types import Example, State
@@ -33,8 +33,9 @@ def make_buffer(run: Run, num_prompts: int) -> ReplayBuffer:
     """As large as the run's method needs; DistiLLM-2 keeps an epoch's responses, two for each prompt."""
     if isinstance(run.method, Distillm2):
         return ReplayBuffer(2 * num_prompts)
-    replays = isinstance(run.method, Distillation | MiniLlm) and run.method.replays
-    return ReplayBuffer(run.method.capacity if isinstance(run.method, Distillation | MiniLlm) and replays else 1)
+    if not isinstance(run.method, Distillation | MiniLlm) or not run.method.replays:
+        return ReplayBuffer(1)
+    return ReplayBuffer(run.method.capacity * (count() if run.method.capacity_per_process else 1))
 
 
 def make_method(
@@ -86,7 +87,7 @@ def make_method(
             )
 
     data = sources.dataset(train, run.train.batch_size, run.seed, run.train.length_bucket)
-    left_out = {"name", "capacity", "trigger"}
+    left_out = {"name", "capacity", "capacity_per_process", "trigger"}
     settings = run.method.model_dump(exclude=left_out, exclude_none=not isinstance(run.method, MiniLlm))
     per_epoch = sources.steps_per_epoch(len(train), run.train.batch_size)
     context = Context(data, per_epoch, write, buffer, run.seed, models.end_ids)

@@ -98,6 +98,9 @@ class Distillation(Section):
     """on_policy, mixed and adaptive: replay most of the student's responses instead of generating anew."""
     capacity: PositiveInt = 1000
     """Replay: rows of the buffer."""
+    capacity_per_process: bool = False
+    """Replay: each of several processes adds so many rows to the buffer, as the authors' code has it; otherwise they
+    share them."""
     replay_ratio: ReplayRatio = "decreasing"
     """Replay: the share of student steps that generate anew: 1 - t/T, 0.5, or t/T."""
     fill_first: bool = False
@@ -125,7 +128,7 @@ class Distillation(Section):
         "head_mass": ("adaptive_kl",),
     }
     _adaptive: ClassVar = ("initial_probability", "increment", "tolerance", "reference", "trigger")
-    _replay: ClassVar = ("capacity", "replay_ratio", "fill_first", "train_on_fresh")
+    _replay: ClassVar = ("capacity", "capacity_per_process", "replay_ratio", "fill_first", "train_on_fresh")
 
     @model_validator(mode="after")
     def _fits(self) -> "Distillation":
@@ -221,6 +224,9 @@ class MiniLlm(Section):
     """Replay most responses instead of generating anew."""
     capacity: PositiveInt = 1000
     """Replay: rows of the buffer."""
+    capacity_per_process: bool = False
+    """Replay: each of several processes adds so many rows to the buffer, as the authors' code has it; otherwise they
+    share them."""
     replay_ratio: ReplayRatio = "decreasing"
     """Replay: the share of steps that generate anew: 1 - t/T, 0.5, or t/T."""
     max_staleness: NonNegativeInt = 0
@@ -234,7 +240,7 @@ class MiniLlm(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "MiniLlm":
-        for name in ("capacity", "replay_ratio"):
+        for name in ("capacity", "capacity_per_process", "replay_ratio"):
             if not self.off_policy and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} belongs to off_policy=true")
         return self
