@@ -128,6 +128,11 @@ def test_a_damaged_row_is_missing_and_a_damaged_head_is_said(away: Away) -> None
             distill(make_run(given))
 
 
+def test_a_path_is_no_name_of_what_was_kept(away: Away) -> None:
+    with pytest.raises(ConfigError, match="a name that `distillm cache` shows"):
+        make_run(changed(away, "refused", teacher={"cached": "../../elsewhere"}))
+
+
 def test_a_name_that_is_not_kept_says_which_are(away: Away) -> None:
     given = changed(away, "unknown")
     given["teacher"]["cached"] = "0123456789abcdef"
@@ -321,7 +326,6 @@ def test_where_a_teacher_is_is_said_once(made: Path, tmp_path: Path) -> None:
     for more, said in (
         ({"path": "x"}, "path, cached or server"),
         ({"dtype": "bfloat16"}, "dtype says nothing"),
-        ({"cached": "../../elsewhere"}, "a name that `distillm cache` shows"),
         ({"quantization": "4bit"}, "quantization says nothing"),
     ):
         with pytest.raises(ConfigError, match=said):

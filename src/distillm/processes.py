@@ -92,7 +92,8 @@ def anyone(holds: bool) -> bool:
 
 
 def leave() -> None:
-    """Leave the group of processes, if there is one: who ends as a member may be aborted by torch's own threads."""
+    """Leave the group of processes, if there is one, when all is done: who ends as a member may be aborted by torch's
+    own threads. Not after an error, as it waits for the others."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 

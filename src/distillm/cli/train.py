@@ -41,10 +41,8 @@ def train(
     from ..report import compare_table
 
     display = Display()
-    try:
-        folder = distill(run, display, "distillm " + " ".join(sys.argv[1:]))
-    finally:
-        leave()
+    folder = distill(run, display, "distillm " + " ".join(sys.argv[1:]))
+    leave()
     if writes() and list((folder / "eval").glob("*.json")):
         show_comparison(compare_table([folder]))
 
