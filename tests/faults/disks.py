@@ -109,7 +109,8 @@ def full(work: Work, folder: Path, draw: random.Random) -> Outcome | tuple[Outco
     with small_disk(disk):
         arguments = work.arguments(folder)
         # The report is larger than everything before it: most disks are full before that, some as the log begins.
-        ballast = fill(disk, int(draw.uniform(0, draw.choice([0.003, 0.15, 1.1])) * needed(disk_of(work, work.whole))))
+        shares = [1.1] if work.fault == CACHED else [0.003, 0.15, 1.1]
+        ballast = fill(disk, int(draw.uniform(0, draw.choice(shares)) * needed(disk_of(work, work.whole))))
         ended = distillm(log, *arguments)
         ballast.unlink()
         return finished(work, folder, log, ended)
@@ -121,7 +122,7 @@ def read_only(work: Work, folder: Path, draw: random.Random) -> Outcome | tuple[
     disk = disk_of(work, folder)
     with small_disk(disk):
         child = Child(log, *work.arguments(folder))
-        child.process.join(draw.uniform(0.1, work.seconds))
+        child.process.join(draw.uniform(0.05, 0.75 * work.seconds))  # the last part is the report
         while child.process.is_alive() and not remount(disk, "ro"):
             time.sleep(0.001)
         ended = child.wait()

@@ -70,6 +70,11 @@ def assert_cached(cache: Path, whole: Path) -> None:
         assert torch.equal(mine["states"], theirs["states"])
 
 
+def times(kills: int) -> str:
+    """How often a case was killed: a moment may come when the work has ended."""
+    return ["had ended before", "killed once", "killed twice", "killed three times"][kills]
+
+
 @dataclass
 class Work:
     """A command that can be killed and given again; its files are below a folder that ``arguments`` is told."""
@@ -87,27 +92,29 @@ class Work:
         """Do the work once unharmed: what everything else is compared with, and how long it takes."""
         self.whole, counted = folder / "whole", folder / "operations"
         self.whole.mkdir(parents=True)
+        distillm(folder / "log", "--version").well()  # the first child waits for all imports; the next one does not
         counting = Count(on(self.watched(self.whole)), counted)
         ended = distillm(folder / "log", *self.arguments(self.whole), prepare=[counting]).well()
         self.seconds, self.operations = ended.seconds, int(counted.read_text())
 
-    def killed_and_done_again(self, folder: Path, draw: random.Random) -> Outcome:
+    def killed_and_done_again(self, folder: Path, draw: random.Random) -> tuple[Outcome, str]:
         """Killed at one to three random moments, looked at after each, then done to the end."""
         folder.mkdir(parents=True)
-        log, arguments = folder / "log", self.arguments(folder)
+        log, arguments, kills = folder / "log", self.arguments(folder), 0
         for _ in range(draw.choice([1, 1, 2, 3])):
             if draw.random() < 0.5:
                 moment = DieAt(on(self.watched(folder)), draw.randint(1, self.operations))
                 ended = Child(log, *arguments, prepare=[moment]).wait()
             else:
-                ended = Child(log, *arguments).kill_after(draw.uniform(0.05, self.seconds))
+                ended = Child(log, *arguments).kill_after(draw.uniform(0.05, 0.9 * self.seconds))
             # A second try has less to do, and may have ended before the moment came.
             assert ended.code in (0, -signal.SIGKILL), (ended.code, ended.said[-2000:])
+            kills += ended.code != 0
             self.kept(folder, self.whole)
         ended = distillm(log, *arguments).well()
         assert "Traceback" not in ended.said
         self.same(folder, self.whole)
-        return SAME
+        return SAME, times(kills)
 
 
 def works(made: Path) -> list[Work]:
@@ -202,7 +209,7 @@ def kill_real(ledger: Ledger, folder: Path, count: int, seed: int = 0) -> None:
     work = works(made)[0]
     work.prepare(folder / "work")
 
-    def once(place: Path, draw: random.Random) -> Outcome:
+    def once(place: Path, draw: random.Random) -> tuple[Outcome, str]:
         place.mkdir()
         command = [sys.executable, "-m", "distillm", *map(str, work.arguments(place))]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -222,7 +229,7 @@ def kill_real(ledger: Ledger, folder: Path, count: int, seed: int = 0) -> None:
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stderr
         work.same(place, work.whole)
-        return SAME
+        return SAME, times(int(process.returncode != 0))
 
     for number in range(count):
         draw = random.Random(f"{seed}/real/{number}")
