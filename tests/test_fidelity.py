@@ -22,7 +22,7 @@ FIGURES = {"divergence", "agreement", "perplexity", "calibration_error"}
 def saying(*distributions: list[float]) -> Any:
     """A reader whose model gives these probabilities at the target positions, in their order."""
     reader = Mock(side_effect=lambda *_: Head(torch.tensor(distributions, dtype=torch.float64).log(), None))
-    reader.fused, reader.packed = False, False
+    reader.fused, reader.packed, reader.unembedding = False, False, None
     return reader
 
 

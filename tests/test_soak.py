@@ -60,7 +60,7 @@ def test_states_of_responses_that_left_the_buffer_are_forgotten(tmp_path: Path, 
             if name == "pair" and getattr(value, "cache", None) is not None:
                 seen.append(value.cache)
 
-    monkeypatch.setattr("distillm.assembly.Models", Spy)
+    monkeypatch.setattr("distillm.loading.Models", Spy)
     changes = {"train.steps": 40, "method.capacity": 3, "method.initial_probability": 1.0, "teacher.cache": "memory"}
     distill(tiny_run(made, tmp_path / "run", changes | {"validation.every": 40, "checkpoint.every": 40}), Heard())
     (cache,) = seen

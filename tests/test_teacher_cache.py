@@ -313,10 +313,10 @@ def test_a_file_of_the_same_shape_with_no_checksum_is_not_believed(tmp_path: Pat
 def test_a_file_of_another_type_with_the_same_bits_is_not_believed(tmp_path: Path) -> None:
     said, note = heard()
     cache = TeacherCache("teacher", disk(tmp_path, note=note), None)
-    (right,) = cache.states([row(0)], states_of)
+    (right,) = cache.states([row(0)], saying(states_of))
     (entry,) = entries(tmp_path)
     entry.path.write_bytes(entry.path.read_bytes().replace(b'"F32"', b'"I32"'))
-    (again,) = cache.states([row(0)], states_of)
+    (again,) = cache.states([row(0)], saying(states_of))
     assert again.dtype == right.dtype
     assert torch.equal(again, right)
     assert len(said) == 1
@@ -325,10 +325,10 @@ def test_a_file_of_another_type_with_the_same_bits_is_not_believed(tmp_path: Pat
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_states_that_are_not_finite_are_never_kept(tmp_path: Path, value: float) -> None:
     cache = TeacherCache("teacher", disk(tmp_path), None)
-    (bad,) = cache.states([row(0)], lambda rows: [states * value for states in states_of(rows)])
+    (bad,) = cache.states([row(0)], saying(lambda rows: [states * value for states in states_of(rows)]))
     assert not bool(bad.isfinite().all())
     assert list(entries(tmp_path)) == []
-    assert torch.equal(cache.states([row(0)], states_of)[0], states_of([row(0)])[0])
+    assert torch.equal(cache.states([row(0)], saying(states_of))[0], states_of([row(0)])[0])
 
 
 FULL = """
@@ -444,10 +444,10 @@ def test_a_cache_is_filled_listed_used_and_cleared_by_command(tmp_path: Path) ->
     written = tmp_path / "run.yaml"
     written.write_text(json.dumps(settings(made, tmp_path / "run", changes)), encoding="utf-8")
     assert "nothing is kept" in done("cache", "--folder", cache)
-    assert "16 rows are kept" in done("cache", "warm", written)
+    assert "19 rows are kept" in done("cache", "warm", written)
     assert not (tmp_path / "run" / "run.yaml").exists()
     (kept,) = teachers(cache)
-    assert (kept.rows, kept.teacher) == (16, str(made / "teacher"))
+    assert (kept.rows, kept.teacher) == (19, str(made / "teacher"))
     shown = done("cache", "--folder", cache)
     assert kept.name in shown
     assert str(kept.rows) in shown
@@ -455,7 +455,7 @@ def test_a_cache_is_filled_listed_used_and_cleared_by_command(tmp_path: Path) ->
     done("train", written, "teacher.cache=disk")
     after = {entry.path: entry.path.stat().st_ino for entry in entries(cache)}
     assert before.items() <= after.items()
-    assert len(after) == 16 + 3  # the test rows
+    assert len(after) == 19  # of the test rows, too
     assert "keeps nothing of other" in refused("cache", "clear", "--teacher", "other", "--folder", cache)
     (cache / kept.name / "mine.txt").write_text("not of the cache")
     done("cache", "clear", "--teacher", kept.name, "--folder", cache)
