@@ -41,6 +41,7 @@ def test_a_teacher_of_fewer_bits_is_smaller_and_near_the_whole_one(
     assert 0 < (a - b).norm() < error * a.norm()
     assert small.get_memory_footprint() < share * whole.get_memory_footprint()
     assert head_of(small).fused  # its output layer is as it was
+    assert num_parameters(small) == num_parameters(whole)
     assert fingerprint(small) != fingerprint(whole)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from distillm import sharding
-from distillm.config import load_run, make_run
+from distillm.config import as_yaml, load_run, make_run
 from distillm.errors import ConfigError
 from distillm.pipeline import distill
 from distillm.project import build
@@ -94,6 +94,19 @@ def test_each_process_holds_its_part_and_all_of_it_only_inside_whole() -> None:
     told = launch(__file__)
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("as expected") == 2
+
+
+def test_what_was_kept_serves_several_processes(made: dict[str, Path], tmp_path: Path) -> None:
+    from command_line import done
+
+    changes = {"method": METHODS["kd"], "teacher.cache": "disk", "teacher.cache_folder": str(tmp_path / "cache")}
+    path = tmp_path / "run.yaml"
+    path.write_text(as_yaml(tiny_run(made["llama"], tmp_path / "warm", changes)), encoding="utf-8")
+    name = done("cache", "warm", str(path)).split("teacher.cached=")[1].split()[0]
+    alone = changes | {"teacher.cached": name} | SHARDED | {"student.dropout": 0.0}
+    run_together(tmp_path, [settings(made["llama"], tmp_path / "two", alone)])
+    one = distill(tiny_run(made["llama"], tmp_path / "one", alone | {"train.shard": False}))
+    assert_same_as_one(one, tmp_path / "two")
 
 
 def test_one_process_without_a_launcher_says_that_there_is_nothing_to_spread(

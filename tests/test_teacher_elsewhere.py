@@ -17,15 +17,15 @@ from command_line import done, refused
 from distillm.client import Server
 from distillm.config import as_yaml, make_run
 from distillm.divergences import DIVERGENCES, Bucketed
-from distillm.errors import ConfigError, ServerError
+from distillm.errors import ConfigError, ServerError, StorageError
 from distillm.kernels import linear_divergence, logits
 from distillm.pipeline import distill
 from distillm.served_teacher import ServedTeacher
-from distillm.teacher_cache import entries, teachers
+from distillm.teacher_cache import Disk, entries, teachers
 from distillm.types import Head, Layout
 from rows import row
 from tiny import tiny_tokenizer
-from tiny_run import Heard, figures, lines, materials, same_weights, scores, settings, weights
+from tiny_run import Heard, figures, lines, materials, rows, same_weights, scores, settings, weights, write_rows
 
 pytest.importorskip("httpx", reason="needs the package httpx, of the extras server and dev")
 
@@ -58,6 +58,7 @@ def _away(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     made = materials(tmp_path_factory.mktemp("away"))
     precision = {"train.mixed_precision": request.param}
     path = made / "run.yaml"
+    write_rows(made / "other.jsonl", rows(2, 60))
     path.write_text(as_yaml(make_run(kept_settings(made, made / "warm", **precision))), encoding="utf-8")
     said = done("cache", "warm", str(path))
     whole = distill(make_run(kept_settings(made, made / "whole", **precision)))
@@ -137,6 +138,46 @@ def test_a_name_that_is_not_kept_says_which_are(away: Away) -> None:
     given = changed(away, "unknown")
     given["teacher"]["cached"] = "0123456789abcdef"
     with pytest.raises(ConfigError, match=away.name):
+        distill(make_run(given))
+
+
+def test_a_finished_run_is_scored_again_with_what_was_kept(away: Away) -> None:
+    folder = distill(make_run(changed(away, "scored")))
+    assert "divergence" in done("eval", str(folder), "--data", str(away.made / "test.jsonl"))
+    said = refused("eval", str(folder), "--data", str(away.made / "test.jsonl"), "--system", "teacher")
+    assert "not here" in said
+    said = done("eval", str(folder), "--data", str(away.made / "other.jsonl"))
+    assert "perplexity" in said
+    assert "divergence" not in said
+
+
+def test_what_was_kept_for_runs_without_the_teacher_is_not_evicted(away: Away, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(away.made / "copied", folder)
+    before = len(list(entries(folder)))
+    other = Disk(folder, "0" * 16, 1, lambda _: None)
+    other.put("ab" * 32, torch.ones(4, 4))
+    other.put("cd" * 32, torch.ones(4, 4))
+    assert len(list(entries(folder))) == before
+
+
+def test_warming_says_when_there_is_no_room_for_all(tmp_path: Path) -> None:
+    made = materials(tmp_path)
+    path = made / "run.yaml"
+    path.write_text(as_yaml(make_run(kept_settings(made, made / "run", **{"teacher.cache_gib": 2e-6}))), "utf-8")
+    assert "teacher.cache_gib" in refused("cache", "warm", str(path), code=4)
+
+
+def test_a_bit_of_the_head_that_changed_is_noticed(away: Away) -> None:
+    folder = away.made / "flipped"
+    shutil.copytree(away.made / "copied", folder)
+    head = folder / away.name / "head" / "head.safetensors"
+    found = bytearray(head.read_bytes())
+    found[-9] ^= 64
+    head.write_bytes(found)
+    given = changed(away, "flip")
+    given["teacher"]["cache_folder"] = str(folder)
+    with pytest.raises(StorageError, match="not as it was written"):
         distill(make_run(given))
 
 
@@ -229,7 +270,21 @@ def test_the_listed_part_of_a_distribution_sums_to_one() -> None:
     p = logits(Head(listed, None, listed=10)).exp()
     torch.testing.assert_close(p.sum(-1), torch.ones(2))
     torch.testing.assert_close(p[0, [2, 7, 0]], torch.tensor([0.5, 0.3, 0.2 / 8]))
-    assert p[1, 5] == 0
+    assert 0 < p[1, 5] < 1e-7
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "symmetric_kl", "skew_reverse_kl", "jsd"])
+def test_a_teacher_that_is_sure_leaves_every_divergence_finite(name: str) -> None:
+    log_p = torch.tensor([[60.0, 3.0, 2.0, *[0.0] * 97], [200.0, 3.0, 2.0, *[0.0] * 97]]).log_softmax(-1)
+    values, ids = log_p.topk(3)
+    values[1, 2] = -torch.inf  # as a server may say
+    q = torch.randn(2, 100, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    teacher = Head(torch.cat([values, ids.float()], -1), None, listed=100)
+    for impl in ("eager", "chunked"):
+        total = linear_divergence(name, teacher, Head(q, None), torch.ones(2), impl=impl)
+        assert total.isfinite()
+        (gradient,) = torch.autograd.grad(total, q)
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("method", ["kd", "gkd", "distillm"])
@@ -251,11 +306,11 @@ def test_a_run_with_a_server_is_the_run_with_the_teacher_and_the_same_bucket(
 
 
 def test_a_server_is_asked_about_each_row_once(made: Path, tmp_path: Path) -> None:
-    changes = {"method": {"name": "kd"}, "data.text": None, "train.epochs": 3, "train.steps": None, "data.test": {}}
+    changes = {"method": {"name": "kd"}, "data.text": None, "train.epochs": 3, "train.steps": None}
     with serving(scorer(made)) as server:
         distill(make_run(run_settings(made, tmp_path / "run", server.url, **changes)))
         asked = [json.dumps(body["prompt"]) for body in server.asked]
-    assert len(asked) == len(set(asked)) == 1 + 12 + 4  # the first question, training and validation rows
+    assert len(asked) == len(set(asked)) == 1 + 12 + 4 + 3  # the first question, and every row
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def make_accelerator(run: Run, *, several: bool = False) -> Accelerator:
             mixed_precision=run.train.mixed_precision if mixed else "no",
             log_with=None if run.tracker == "none" else run.tracker,
             project_dir=run.output,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=run.train.timeout_minutes))],
+            kwargs_handlers=[_group(run)],
         )
     except ValueError as error:
         if not mixed:
@@ -152,3 +152,11 @@ def make_accelerator(run: Run, *, several: bool = False) -> Accelerator:
         raise ConfigError(f"{said}; use train.mixed_precision=none") from error
     set_seed(run.seed + rank())
     return accelerator
+
+
+def _group(run: Run) -> InitProcessGroupKwargs:
+    """How the processes of a run speak: what is kept in the CPU's memory is summed there, too."""
+    timeout = timedelta(minutes=run.train.timeout_minutes)
+    if run.train.cpu_offload and run.device != "cpu" and torch.cuda.is_available():
+        return InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", timeout=timeout)
+    return InitProcessGroupKwargs(timeout=timeout)

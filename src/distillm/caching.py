@@ -3,7 +3,9 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import psutil
@@ -16,6 +18,7 @@ from .loading import Models, Note
 from .method_settings import Distillation, Distillm2, MiniLlm
 from .methods import Method
 from .model_settings import Teacher
+from .scoring import Pair
 from .served_teacher import ServedTeacher
 from .teacher_cache import Disk, Memory, TeacherCache
 from .types import Example
@@ -34,13 +37,17 @@ def make_cache(
     tests: Sequence[Example],
     steps: int,
     note: Note,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> TeacherCache | None:
-    """The cache that ``run.teacher.cache`` asks for; what ``auto`` comes to is said in one line."""
+    """The cache that ``run.teacher.cache`` asks for; what ``auto`` comes to is said in one line.
+
+    ``precision`` is what training computes in.
+    """
     given, teacher = run.teacher, models.pair.teacher
     if given is None or teacher is None:
         return None
     if isinstance(teacher, KeptTeacher):
-        return _kept_alone(run, teacher, train, [*validation, *tests], note)
+        return _kept_alone(teacher, train if method.reads_teacher else [], [*validation, *tests], precision, note)
     if given.cache == "off":
         return None
     if not teacher.keeps:
@@ -51,7 +58,8 @@ def make_cache(
         return None
     again = method.reads_teacher and not _on_policy(run) and steps * run.train.batch_size > len(train)
     row_bytes = _width(models) * getattr(torch, given.dtype).itemsize
-    lasting = row_bytes * _tokens([*validation, *(train if again else [])])
+    twice = tests if "before" in run.evaluation.compare else []  # before training, and after it
+    lasting = row_bytes * _tokens([*validation, *twice, *(train if again else [])])
     replayed = row_bytes * _replayed_tokens(run) if method.reads_teacher else 0
     memory = int(MEMORY_SHARE * psutil.virtual_memory().available)
     kind, room = given.cache, f"{size(lasting + replayed)} of hidden states at most"
@@ -66,7 +74,8 @@ def make_cache(
         if kind == "off":
             return None
     # Chosen by auto, states are for this run; whoever asks for a place by name may mean another run.
-    passing = [*tests, *(train if kind == "memory" and not again else [])] if given.cache == "auto" else []
+    once = [*([] if twice else tests), *(train if kind == "memory" and not again else [])]
+    passing = once if given.cache == "auto" else []
     store, name = Memory(memory), "of this run"
     if kind == "disk":
         name = teacher_name(models, given)
@@ -92,21 +101,32 @@ def _portion(models: Models) -> int:
 
 
 def _kept_alone(
-    run: Run, teacher: KeptTeacher, train: Sequence[Example], others: Sequence[Example], note: Note
+    teacher: KeptTeacher,
+    train: Sequence[Example],
+    others: Sequence[Example],
+    precision: Callable[[], AbstractContextManager[Any]],
+    note: Note,
 ) -> TeacherCache:
-    """What was kept of a teacher that is not here; Raises ConfigError where a row is not among it."""
-    store = Disk(teacher.root, teacher.name, 2**63, note)
-    cache = TeacherCache(teacher.name, store, None)
-    mixed = run.train.mixed_precision == "bf16"
-    read = train if run.method.name != "sft" else []
-    device = "cuda" if torch.cuda.is_available() and run.device != "cpu" else "cpu"
-    with torch.autocast(device, torch.bfloat16, enabled=mixed):
-        lacking = cache.lacking([example for example in read if any(example.targets)])
+    """What was kept of a teacher that is not here; raises ConfigError where a row is not among it."""
+    cache = TeacherCache(teacher.name, Disk(teacher.root, teacher.name, 2**63, note), None)
+    with precision():
+        lacking = cache.lacking([example for example in train if any(example.targets)])
     lacking += cache.lacking([example for example in others if any(example.targets)])
     if lacking:
         raise ConfigError(missing(teacher.root, [example.id for example in lacking]))
-    note(f"the teacher {teacher.name} is not here: what it said of all {len(read) + len(others)} rows is kept")
+    note(f"the teacher {teacher.name} is not here: what it said of all {len(train) + len(others)} rows is kept")
     return cache
+
+
+def with_kept_states(pair: Pair, examples: Sequence[Example], note: Note) -> Pair:
+    """``pair`` with what was kept of a teacher that is not here; without a teacher where a row is not among it."""
+    if not isinstance(pair.teacher, KeptTeacher):
+        return pair
+    try:
+        return replace(pair, cache=_kept_alone(pair.teacher, [], examples, nullcontext, note))
+    except ConfigError as error:
+        note(f"nearness to the teacher is not measured: {error}")
+        return replace(pair, teacher=None)
 
 
 def teacher_name(models: Models, given: Teacher) -> str:

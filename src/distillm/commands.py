@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from . import assembly, loading
 from .assess import answers, assess
+from .caching import with_kept_states
 from .checkpoint import written_aside
 from .config import Run
 from .data import all_texts
@@ -38,8 +39,9 @@ def score(run: Run, data: Mapping[str, str], system: Literal["student", "teacher
         DataError: a file cannot be read, or a row has no reference.
     """
     display = Display()
-    if system == "teacher" and run.teacher is None:
-        raise ConfigError("the run has no teacher to score")
+    if system == "teacher" and (run.teacher is None or not run.teacher.here):
+        where = "has no teacher" if run.teacher is None else "'s teacher is not here: it can score rows, not write them"
+        raise ConfigError(f"the run {where}; give its student, or a run with teacher.path".replace("run 's", "run's"))
     sources = {name: placed(run.data, given, "test") for name, given in data.items()}
     read = {name: read_source(run.data, source)[: run.evaluation.limit] for name, source in sources.items()}
     for name, found in read.items():
@@ -52,6 +54,7 @@ def score(run: Run, data: Mapping[str, str], system: Literal["student", "teacher
     for found in rows.values():
         check_room(models, found.examples, run.generation.max_new_tokens)
     seeds = seeds_used(run.evaluation.seeds, assembly.make_sampling(run, run.evaluation.temperature))
+    models.pair = with_kept_states(models.pair, [e for found in rows.values() for e in found.examples], display.note)
     for name, found in rows.items():
         with display.phase(f"score on {name}", len(found.examples) * len(seeds)) as advance:
             yield assess(
@@ -142,6 +145,15 @@ def warm(run: Run, display: Display) -> str:
                 advance(done)
     if isinstance(pair.cache.lasting, Disk) and not pair.cache.lasting.writes:
         raise StorageError("not all rows could be kept; make room, and give the same command again for the others")
+    lacking = 0
+    for rows, precision in sets:
+        with precision():
+            lacking += len(pair.cache.lacking([e for e in rows.examples if any(e.targets)]))
+    if lacking:
+        raise StorageError(
+            f"{lacking} of {total} rows are not kept: {run.teacher.folder} may hold teacher.cache_gib="
+            f"{run.teacher.cache_gib:g}, so that others had to go for them. Give more"
+        )
     kept = f"{total} rows are kept; train with teacher.cache=disk"
     if not isinstance(pair.teacher, LocalTeacher) or run.teacher.adapter_off:
         return kept

@@ -262,6 +262,10 @@ class Run(Section):
             raise ValueError("train.shard spreads the weights that are trained, and an adapter's are few; leave it out")
         if own and (self.student.lora is None or self.student.layers is not None):
             raise ValueError("teacher.adapter_off needs student.lora, and a student of its own (path or config)")
+        if teacher is not None and teacher.quantization is not None and self.student.layers is not None:
+            raise ValueError("student.layers takes whole layers out of the teacher; leave teacher.quantization out")
+        if teacher is not None and not needs and not (teacher.here or teacher.cached or teacher.server):
+            raise ValueError("teacher.path is missing: give it, or leave the section teacher out")
         if needs and (teacher is None or not (teacher.here or teacher.cached or teacher.server)):
             raise ValueError(f"teacher.path is missing, and {needs[0]} needs a teacher")
         if teacher is not None and not teacher.here:

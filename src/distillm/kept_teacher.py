@@ -3,6 +3,7 @@
 ``keep`` writes that beside a teacher's states; ``KeptTeacher`` reads it where the teacher itself is not.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -37,12 +38,14 @@ def keep(folder: Path, teacher: LocalTeacher, tokenizer: PreTrainedTokenizerBase
     head = teacher.head(torch.empty(0))
     assert head.weight is not None
     weights = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
-    said = {"scale": head.scale, "softcap": head.softcap, "layout": teacher.layout, "end_ids": list(ends)}
+    saved = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+    said: dict[str, Any] = {"sha256": hashlib.sha256(saved).hexdigest()}
+    said |= {"scale": head.scale, "softcap": head.softcap, "layout": teacher.layout, "end_ids": list(ends)}
     try:
         about.parent.mkdir(exist_ok=True)
         tokenizer.save_pretrained(about.parent)
         with replacing(about.parent / "head.safetensors") as scratch:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, scratch)
+            scratch.write_bytes(saved)
             flush(scratch)
         write_text(about, json.dumps(said))  # last: where it is, the others are
     except (OSError, SafetensorError) as error:
@@ -67,14 +70,19 @@ class KeptTeacher:
             )
         try:
             about = json.loads((folder / "head.json").read_text(encoding="utf-8"))
-            weights = load_file(folder / "head.safetensors", device=str(device))
+            found = (folder / "head.safetensors").read_bytes()
+            if hashlib.sha256(found).hexdigest() != about["sha256"]:
+                raise ValueError("head.safetensors is not as it was written")
+            weights = load(found)
             pad_id, start, close = about["layout"]
             self.layout = Layout(pad_id, tuple(start), tuple(close))
             self.end_ids: tuple[int, ...] = tuple(about["end_ids"])
             head: Any = weights["weight"], weights.get("bias"), about["scale"], about["softcap"]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise StorageError(f"{folder} is damaged ({error}): copy it again from where the teacher is") from error
-        self._head = Head(torch.empty(0), *head)
+        weight, bias, scale, softcap = head
+        bias = None if bias is None else bias.to(device)
+        self._head = Head(torch.empty(0, device=device), weight.to(device), bias, scale, softcap)
         self.tokenizer = load_tokenizer(folder)
 
     @property

@@ -78,7 +78,7 @@ def load_models(run: Run, accelerator: Accelerator, note: Note) -> Models:
         read_teacher = None if read_teacher is None else _packing(read_teacher, note)
     if run.train.compile:
         _compile_layers(student)
-    if run.teacher is not None and run.teacher.placement == "shard":
+    if teacher is not None and run.teacher is not None and run.teacher.placement == "shard":
         _spread(teacher, accelerator, note)
     layout, scoring = layout_of(student, tokenizer), cast(Teacher | None, elsewhere)
     if run.teacher is not None and run.teacher.server is not None:
@@ -110,6 +110,11 @@ def _load_teacher(
     if given.cached is not None:
         kept = KeptTeacher(given.folder, given.cached, accelerator.device)
         return None, kept, kept.tokenizer
+    if given.placement == "device" and count() > 1:
+        raise ConfigError(
+            f"teacher.placement=device hands the teacher out to all devices of a machine, and {count()} processes would "
+            "each do so; take teacher.placement=shard"
+        )
     note(f"loading the teacher {given.path}")
     # What is to be spread is loaded into the CPU's memory, so that no device has to hold all of it.
     device = "cpu" if given.placement == "shard" else accelerator.device
@@ -135,7 +140,7 @@ def _load_student(
     if given.layers is not None:
         assert teacher is not None
         student = shrink(teacher, given.layers, decoder_layers=given.decoder_layers, dropout=given.dropout).to(
-            getattr(torch, given.dtype)
+            accelerator.device, getattr(torch, given.dtype)
         )  # pyright: ignore[reportArgumentType]
     else:
         config = given.config
@@ -210,8 +215,7 @@ def connected(setting: str, path: str, given: ResponsesServer | TeacherServer, n
     return server
 
 
-def _spread(teacher: PreTrainedModel | None, accelerator: Accelerator, note: Note) -> None:
-    assert teacher is not None
+def _spread(teacher: PreTrainedModel, accelerator: Accelerator, note: Note) -> None:
     if can_shard():
         shard(teacher, accelerator.device)
     else:

@@ -63,7 +63,7 @@ class TeacherServer(Section):
     key_env: str | None = None
     """The environment variable that has the key, where the server wants one."""
     jobs: PositiveInt = 16
-    """Rows asked about at a time."""
+    """Rows asked about at a time: by `distillm cache warm` so many, in training those of a micro-batch at most."""
     timeout: PositiveFloat = 600.0
     """Seconds after which a request is made again."""
     attempts: PositiveInt = 6
@@ -83,8 +83,10 @@ class TeacherServer(Section):
 
     @property
     def name(self) -> str:
-        """All that its answers depend on beside the tokens; the same model may be served elsewhere."""
-        return f"{self.model}, the {self.top_k} likeliest tokens{f', with {self.body}' if self.body else ''}"
+        """All that its answers depend on beside the tokens; names of models mean something to a server alone."""
+        return (
+            f"{self.model} at {self.url}, the {self.top_k} likeliest tokens{f', with {self.body}' if self.body else ''}"
+        )
 
 
 class Teacher(Model):
@@ -99,7 +101,7 @@ class Teacher(Model):
     """For placement device: how much of each may be used, such as {"0": 20GiB, cpu: 60GiB}."""
     cached: str | None = None
     """Without the model: the name that `distillm cache` shows of what was kept of it, in `cache_folder`. For methods on
-    fixed data, every row of which must be there; `path` is then not read."""
+    fixed data, every row of which must be there; `path`, and how that would be loaded, are then not read."""
     server: TeacherServer | None = None
     """Without the model: a server that scores given tokens."""
     adapter_off: bool = False
@@ -114,7 +116,8 @@ class Teacher(Model):
     cache_folder: str | None = None
     """Where disk keeps them: ~/.cache/distillm/teacher unless set."""
     cache_gib: PositiveFloat = 20.0
-    """The most that the folder may hold, of all teachers together, in GiB; what was used longest ago goes first."""
+    """The most that the folder may hold, of all teachers together, in GiB; what was used longest ago goes first. What
+    `distillm cache warm` kept for runs without the teacher stays."""
     cache_batch_size: PositiveInt | None = None
     """Rows read at a time to be kept. With 1 a row's states do not depend on other rows in their last bits; unset is 1
     on a CPU, where batches save little, and 32 elsewhere."""

@@ -71,6 +71,8 @@ def best_device() -> str:
 
 def num_parameters(model: nn.Module) -> int:
     """How many numbers ``model`` learns or holds frozen; tied weights count once."""
+    if getattr(model, "is_loaded_in_4bit", False):  # two numbers share a byte
+        return cast(Any, model).num_parameters()
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -131,6 +131,7 @@ def build(
         tests=[example for test in tests.values() for example in test.examples],
         steps=steps,
         note=display.note,
+        precision=accelerator.autocast,
     )
     models.pair = replace(models.pair, cache=cache)
     return Project(

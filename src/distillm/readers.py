@@ -62,7 +62,8 @@ class LocalTeacher:
     be had. ``device`` is where its head is wanted, wherever its layers are."""
 
     def __init__(self, model: Any, reader: HeadReader, layout: Layout, device: torch.device):
-        self.model, self.reader, self.layout, self.device = model, reader, layout, device
+        self.model, self.reader, self.layout = model, reader, layout
+        self.device = torch.empty(0, device=device).device  # with its number, as weights have it
         self._copied: list[Tensor | None] | None = None
 
     @property

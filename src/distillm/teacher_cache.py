@@ -83,7 +83,7 @@ class Disk:
             described = self.folder / ABOUT
             if not described.exists():
                 write_text(described, json.dumps(about or {}))
-            self.size = sum(entry.size for entry in entries(root))
+            self.size = sum(entry.size for entry in evictable(root))
         except (OSError, StorageError) as error:
             raise StorageError(f"the teacher cache {root} cannot be used: {error}; set teacher.cache_folder") from error
 
@@ -151,9 +151,18 @@ def entries(root: Path, teacher: str | None = None) -> Iterator[Entry]:
             yield Entry(path, found.st_size, found.st_mtime)
 
 
+def evictable(root: Path) -> Iterator[Entry]:
+    """The files of states that may go: those of teachers that are at hand."""
+    alone = {path.parent.parent for path in root.glob(f"*/{HEAD}/head.json")}
+    return (entry for entry in entries(root) if entry.path.parent.parent not in alone)
+
+
 def evict(root: Path, limit: int) -> int:
-    """Delete what was used longest ago until ``root`` holds at most ``limit`` bytes; returns how many it holds."""
-    found = sorted(entries(root), key=lambda entry: entry.used)
+    """Delete what was used longest ago until ``root`` holds at most ``limit`` bytes; returns how many it holds.
+
+    What runs without the teacher need stays, and does not count: nobody could make it again.
+    """
+    found = sorted(evictable(root), key=lambda entry: entry.used)
     size = sum(entry.size for entry in found)
     for entry in found:
         if size <= limit:

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from ..divergences import Divergence
 from ..types import Head
 
+_LEAST = -100.0
+"""The log-probability of what a server calls impossible."""
 Parameters = Mapping[str, float | Tensor]
 """Of a divergence; a tensor holds one number per row, ``[N]``."""
 
@@ -44,10 +46,11 @@ def spread(listed: Tensor, num_tokens: int) -> Tensor:
     """The log-probabilities ``[n, V]`` of rows ``[n, 2 k]`` that list k of them and their tokens.
 
     What is left of the mass is shared by the other tokens alike: as the tokens listed are the likeliest, none of the
-    others passes one of them.
+    others passes one of them. Less than what float32 tells from 1 is left of no row, so that nothing is impossible.
     """
     log_p, ids = listed.chunk(2, -1)
-    rest = torch.log1p(-log_p.exp().sum(-1, keepdim=True).clamp(max=1.0))
+    log_p = log_p.clamp(min=_LEAST)
+    rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(log_p.dtype).eps).log()
     others = num_tokens - log_p.shape[-1]
     even = rest - math.log(others) if others > 0 else rest
     return even.expand(-1, num_tokens).scatter(-1, ids.long(), log_p)
