@@ -112,8 +112,8 @@ def _load_teacher(
         return None, kept, kept.tokenizer
     if given.placement == "device" and count() > 1:
         raise ConfigError(
-            f"teacher.placement=device hands the teacher out to all devices of a machine, and {count()} processes would "
-            "each do so; take teacher.placement=shard"
+            f"teacher.placement=device hands the teacher out to all devices of a machine, and each of {count()} "
+            "processes would; take teacher.placement=shard"
         )
     note(f"loading the teacher {given.path}")
     # What is to be spread is loaded into the CPU's memory, so that no device has to hold all of it.

@@ -131,7 +131,7 @@ def build(
         tests=[example for test in tests.values() for example in test.examples],
         steps=steps,
         note=display.note,
-        precision=accelerator.autocast,
+        precision=lambda: accelerator.autocast(),
     )
     models.pair = replace(models.pair, cache=cache)
     return Project(
