@@ -16,7 +16,7 @@ from distillm.checkpoint import list_checkpoints
 from distillm.errors import DistillmError
 from distillm.pipeline import distill
 from distillm.teacher_cache import entries
-from faults.outcomes import AGAIN, ERROR, ERROR_THEN_SAME, SAME, WITHOUT, Ledger, Outcome
+from faults.outcomes import AGAIN, ERROR, ERROR_THEN_SAME, SAME, WELL, WITHOUT, Ledger, Outcome
 from tiny_run import Heard, figures, lines, materials, same_weights, scores, tiny_run, weights
 
 SHORT = {"the newest checkpoint": 5, "the teacher cache": 3, "the responses": 4, "the run folder": 5, "the data": 4}
@@ -255,7 +255,7 @@ def data(bench: Bench, damage: Damage, which: int) -> Outcome:
     except DistillmError as error:
         assert 10 < len(str(error)) < 4000
         return ERROR
-    return SAME
+    return WELL
 
 
 TARGETS: dict[str, Callable[[Bench, Damage, int], Outcome]] = {

@@ -9,6 +9,7 @@ from typing import Literal
 
 Outcome = Literal[
     "same result",
+    "ended well",
     "clear error, then the same result",
     "clear error",
     "noticed and made again",
@@ -17,6 +18,7 @@ Outcome = Literal[
     "LOST",
 ]
 SAME: Outcome = "same result"
+WELL: Outcome = "ended well"
 ERROR_THEN_SAME: Outcome = "clear error, then the same result"
 ERROR: Outcome = "clear error"
 AGAIN: Outcome = "noticed and made again"
