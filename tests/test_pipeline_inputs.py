@@ -292,6 +292,15 @@ def test_a_spawned_process_makes_the_same_steps(made: Path, tmp_path: Path, spaw
     assert spawned.result(timeout=300) == first_losses(settings(made, tmp_path / "here"))
 
 
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_engines_that_accelerate_was_configured_for_are_refused(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ConfigError, match=f"{engine}, whose settings are not read here.*train.shard=true"):
+        build(tiny_run(made, tmp_path / "run"))
+
+
 def test_processes_that_share_nothing_or_cannot_meet_are_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -182,6 +182,22 @@ def test_the_command_says_everything_once_and_saves_when_it_is_stopped(made: Pat
     assert step_of(list_checkpoints(tmp_path / "run" / "checkpoints")[-1]) == stopped["step"]
 
 
+def test_accelerates_launcher_starts_two_and_the_result_is_shown_once(made: Path, tmp_path: Path) -> None:
+    for name in ("torchrun", "accelerate"):
+        text = yaml.safe_dump(settings(made, tmp_path / name, {"train.steps": 3, "device": "cpu"}))
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+    launched = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launched += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    for launcher, name in ((TWO, "torchrun"), (launched, "accelerate")):
+        command = [*launcher, "-m", "distillm", "train", str(tmp_path / f"{name}.yaml")]
+        told = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+        assert told.returncode == 0, told.stderr
+        assert told.stdout.count("Run: ") == 1, told.stdout
+    saved = list_checkpoints(tmp_path / "accelerate" / "checkpoints")[-1] / "state.json"
+    assert json.loads(saved.read_text(encoding="utf-8"))["processes"] == 2
+    assert figures(tmp_path / "accelerate") == figures(tmp_path / "torchrun")
+
+
 def test_other_commands_do_not_share_their_work(made: Path, tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(yaml.safe_dump(settings(made, tmp_path / "run")), encoding="utf-8")

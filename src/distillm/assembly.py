@@ -133,6 +133,12 @@ def make_accelerator(run: Run, *, several: bool = False) -> Accelerator:
             f"WORLD_SIZE says that this is one of {processes} processes, and MASTER_ADDR does not say where they meet: "
             "start them by torchrun or accelerate launch, or unset WORLD_SIZE"
         )
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}") == "true":
+            raise ConfigError(
+                f"accelerate is configured to use {engine}, whose settings are not read here. Choose none of it in "
+                "accelerate config; train.shard=true spreads the student's weights, teacher.placement=shard the teacher's"
+            )
     if run.tracker != "none" and importlib.util.find_spec(run.tracker) is None:
         raise ConfigError(f"tracker={run.tracker}, but it is not installed: pip install {run.tracker}")
     AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]

@@ -58,8 +58,10 @@ def make_cache(
         return None
     again = method.reads_teacher and not _on_policy(run) and steps * run.train.batch_size > len(train)
     row_bytes = _width(models) * getattr(torch, given.dtype).itemsize
-    twice = tests if "before" in run.evaluation.compare else []  # before training, and after it
-    lasting = row_bytes * _tokens([*validation, *twice, *(train if again else [])])
+    # Test rows are read before training and after it, and not kept: `eval`, which has no cache, reads them in batches, and
+    # gives the very scores of the run. A server's answers have no such last bits, and cost more.
+    asked = tests if isinstance(teacher, ServedTeacher) else []
+    lasting = row_bytes * _tokens([*validation, *asked, *(train if again else [])])
     replayed = row_bytes * _replayed_tokens(run) if method.reads_teacher else 0
     memory = int(MEMORY_SHARE * psutil.virtual_memory().available)
     kind, room = given.cache, f"{size(lasting + replayed)} of hidden states at most"
@@ -74,7 +76,7 @@ def make_cache(
         if kind == "off":
             return None
     # Chosen by auto, states are for this run; whoever asks for a place by name may mean another run.
-    once = [*([] if twice else tests), *(train if kind == "memory" and not again else [])]
+    once = [*([] if asked else tests), *(train if kind == "memory" and not again else [])]
     passing = once if given.cache == "auto" else []
     store, name = Memory(memory), "of this run"
     if kind == "disk":

@@ -40,8 +40,8 @@ def score(run: Run, data: Mapping[str, str], system: Literal["student", "teacher
     """
     display = Display()
     if system == "teacher" and (run.teacher is None or not run.teacher.here):
-        where = "has no teacher" if run.teacher is None else "'s teacher is not here: it can score rows, not write them"
-        raise ConfigError(f"the run {where}; give its student, or a run with teacher.path".replace("run 's", "run's"))
+        elsewhere = "the run's teacher is not here, and what is kept or served of it writes no answers to score"
+        raise ConfigError("the run has no teacher to score" if run.teacher is None else elsewhere)
     sources = {name: placed(run.data, given, "test") for name, given in data.items()}
     read = {name: read_source(run.data, source)[: run.evaluation.limit] for name, source in sources.items()}
     for name, found in read.items():

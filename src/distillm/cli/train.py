@@ -42,9 +42,9 @@ def train(
 
     display = Display()
     folder = distill(run, display, "distillm " + " ".join(sys.argv[1:]))
-    leave()
     if writes() and list((folder / "eval").glob("*.json")):
         show_comparison(compare_table([folder]))
+    leave()
 
 
 def sweep(
