@@ -137,7 +137,7 @@ def make_accelerator(run: Run, *, several: bool = False) -> Accelerator:
         if os.environ.get(f"ACCELERATE_USE_{engine}") == "true":
             raise ConfigError(
                 f"accelerate is configured to use {engine}, whose settings are not read here. Choose none of it in "
-                "accelerate config; train.shard=true spreads the student's weights, teacher.placement=shard the teacher's"
+                "accelerate config; train.shard=true spreads the student, teacher.placement=shard the teacher"
             )
     if run.tracker != "none" and importlib.util.find_spec(run.tracker) is None:
         raise ConfigError(f"tracker={run.tracker}, but it is not installed: pip install {run.tracker}")

@@ -58,8 +58,8 @@ def make_cache(
         return None
     again = method.reads_teacher and not _on_policy(run) and steps * run.train.batch_size > len(train)
     row_bytes = _width(models) * getattr(torch, given.dtype).itemsize
-    # Test rows are read before training and after it, and not kept: `eval`, which has no cache, reads them in batches, and
-    # gives the very scores of the run. A server's answers have no such last bits, and cost more.
+    # Test rows are read before training and after it, and not kept: `eval`, which has no cache, reads them in batches
+    # and gives the very scores of the run. A server's answers have no such last bits, and cost more.
     asked = tests if isinstance(teacher, ServedTeacher) else []
     lasting = row_bytes * _tokens([*validation, *asked, *(train if again else [])])
     replayed = row_bytes * _replayed_tokens(run) if method.reads_teacher else 0

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ def disturbed(bench: Bench, folder: Path, by: int, draw: random.Random) -> Outco
     pair, chosen = Pair(folder, wanted), draw.choice([0, 1])
     until_begun(folder / "run", pair.both[0])
     time.sleep(draw.uniform(0, 0.6 * bench.seconds))
-    os.kill(pair.both[chosen].pid, by)
+    with suppress(ProcessLookupError):  # it has ended, and nothing is disturbed
+        os.kill(pair.both[chosen].pid, by)
     try:
         ended: Ended = pair.both[1 - chosen].wait(2 * HANG_SECONDS + 10)
     finally:
