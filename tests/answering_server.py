@@ -117,9 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(script: Script = fixed) -> Iterator[Judge]:
+def serving(script: Script = fixed, kind: type[Judge] = Judge) -> Iterator[Judge]:
     """A server in a thread of this process."""
-    server = Judge(script)
+    server = kind(script)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

@@ -241,6 +241,18 @@ class Client(Generic[T]):
         raise Stopped
 
 
+def refused(status: int, url: str, setting: str) -> str | None:
+    """What to look at in the settings of a server that was asked at ``url`` and answers with ``status``; None where
+    that is the request's own matter."""
+    if status in (401, 403):
+        return f"Is the key right, and may it use this model? It is read from the variable of {setting}.key_env."
+    if status == 404:
+        return f"It was asked at {url}. Does {setting}.url end as it must, often in /v1, and is {setting}.model right?"
+    if 300 <= status < 400:
+        return f"It was asked at {url}, and answers that it is elsewhere; give its real address by {setting}.url."
+    return None
+
+
 def ask_all(
     server: Server,
     asked: Endpoint[T],

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 from transformers import PreTrainedTokenizerBase
 
 from .accounting import part
-from .client import Endpoint, Server, ask_all, endpoint, whole
+from .client import Endpoint, Server, ask_all, endpoint, refused, whole
 from .data.tokenize import around, encode_responses
 from .errors import ConfigError
 from .generation import Sampling, until_end
@@ -147,13 +147,7 @@ def _seed(seed: int, row: str) -> int:
 
 
 def _advice(status: int, url: str) -> str:
-    if status in (401, 403):
-        return f"Is the key right, and may it use this model? It is read from the variable of {SETTING}.key_env."
-    if status == 404:
-        return f"It was asked at {url}. Does {SETTING}.url end as it must, often in /v1, and is {SETTING}.model right?"
-    if 300 <= status < 400:
-        return f"It was asked at {url}, and answers that it is elsewhere; give its real address by {SETTING}.url."
-    return (
+    return refused(status, url, SETTING) or (
         f"The request itself is not accepted. A server that takes no tokens is asked by text: {SETTING}.prompt=text. "
         f"Fields can be added, or left out by null: {SETTING}.body={{return_token_ids: null}}"
     )

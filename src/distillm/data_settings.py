@@ -31,15 +31,13 @@ class Source(Section):
         return ", ".join([self.path, *(f"{what} {part}" for what, part in parts.items() if part is not None)])
 
 
-class ResponsesServer(Section):
-    """A server that speaks OpenAI's completions and runs the teacher, or a model with its tokenizer."""
+class CompletionsServer(Section):
+    """A server that speaks OpenAI's completions."""
 
     url: str
     """Its address, which usually ends in /v1."""
     model: str
     """The model's name there."""
-    prompt: Literal["tokens", "text"] = "tokens"
-    """How prompts travel: as tokens, which is exact, or as text that the server tokenises (`transformers serve`)."""
     key_env: str | None = None
     """The environment variable that has the key, where the server wants one."""
     jobs: PositiveInt = 16
@@ -52,13 +50,24 @@ class ResponsesServer(Section):
     """Further fields of a request; null leaves one out."""
 
     @model_validator(mode="after")
+    def _holds_no_secret(self) -> "CompletionsServer":
+        if found := secrets_in(self.url, self.body):  # all settings are written into the run folder
+            raise ValueError(f"{found} belongs into an environment variable; name that in key_env")
+        return self
+
+
+class ResponsesServer(CompletionsServer):
+    """A server that runs the teacher, or a model with its tokenizer, and writes responses."""
+
+    prompt: Literal["tokens", "text"] = "tokens"
+    """How prompts travel: as tokens, which is exact, or as text that the server tokenises (`transformers serve`)."""
+
+    @model_validator(mode="after")
     def _asks_what_is_read(self) -> "ResponsesServer":
         fixed = [name for name in self.body if name in ("model", "prompt", "stream", "n", "best_of", "echo")]
         fixed += [n for n in ("max_tokens", "temperature", "top_p", "top_k", "seed") if self.body.get(n) is not None]
         if fixed:
             raise ValueError(f"body: {fixed[0]} cannot be set there; generation.* and responses_temperature say it")
-        if found := secrets_in(self.url, self.body):  # all settings are written into the run folder
-            raise ValueError(f"{found} belongs into an environment variable; name that in key_env")
         return self
 
     @property

@@ -17,11 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .adapters import AdapterOff, add_adapter, base_of
 from .client import Server, bearer_key, endpoint, require_httpx
 from .config import Run
-from .data_settings import ResponsesServer
+from .data_settings import CompletionsServer
 from .errors import ConfigError, ModelError
 from .heads import HeadReader, packing
 from .kept_teacher import KeptTeacher
-from .model_settings import TeacherServer
 from .models import fingerprint, freeze, head_of, layout_of, load_model, load_tokenizer
 from .processes import by_first, count
 from .readers import LocalTeacher, Teacher
@@ -200,7 +199,7 @@ def _served(run: Run, tokenizer: PreTrainedTokenizerBase, num_tokens: int, layou
     return teacher
 
 
-def connected(setting: str, path: str, given: ResponsesServer | TeacherServer, note: Note) -> Server:
+def connected(setting: str, path: str, given: CompletionsServer, note: Note) -> Server:
     """The server of a setting; what is wrong with it is said before any work.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .client import secrets_in
+from .data_settings import CompletionsServer
 from .method_settings import Fraction, NonNegativeInt, Number, PositiveFloat, PositiveInt, Section
 
 Decay = Annotated[float, Field(ge=0, lt=1), Number]
@@ -51,25 +51,14 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distillm" / "teacher"
 
 
-class TeacherServer(Section):
-    """A server that runs the teacher and scores given tokens: vLLM, or completions with echo and logprobs."""
+class TeacherServer(CompletionsServer):
+    """A server that runs the teacher and scores given tokens: vLLM, or completions with echo and logprobs. Its model
+    has the student's tokenizer."""
 
-    url: str
-    """Its address, which usually ends in /v1."""
-    model: str
-    """The model's name there. It has the student's tokenizer."""
     top_k: PositiveInt = 20
     """How many of the likeliest tokens it says of each place; all others are one bucket of the divergence."""
-    key_env: str | None = None
-    """The environment variable that has the key, where the server wants one."""
     jobs: PositiveInt = 16
     """Rows asked about at a time: by `distillm cache warm` so many, in training those of a micro-batch at most."""
-    timeout: PositiveFloat = 600.0
-    """Seconds after which a request is made again."""
-    attempts: PositiveInt = 6
-    """Requests made for one row at most."""
-    body: dict[str, Any] = {}
-    """Further fields of a request; null leaves one out."""
 
     @model_validator(mode="after")
     def _asks_what_is_read(self) -> "TeacherServer":
@@ -77,8 +66,6 @@ class TeacherServer(Section):
         for name in self.body:
             if name in fixed:
                 raise ValueError(f"body: {name} cannot be set there")
-        if found := secrets_in(self.url, self.body):  # all settings are written into the run folder
-            raise ValueError(f"{found} belongs into an environment variable; name that in key_env")
         return self
 
     @property

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .client import Endpoint, Server, ask_all, endpoint
+from .client import Endpoint, Server, ask_all, endpoint, refused
 from .errors import ConfigError, ServerError
 from .types import Example, Head, Layout, as_teacher_reads
 
@@ -209,10 +209,6 @@ def _read(way: Way, choice: Mapping[str, Any]) -> Listed:
 
 
 def _advice(status: int, url: str) -> str:
-    if status in (401, 403):
-        return f"Is the key right, and may it use this model? It is read from the variable of {SETTING}.key_env."
-    if status == 404:
-        return f"It was asked at {url}. Does {SETTING}.url end as it must, often in /v1, and is {SETTING}.model right?"
-    if 300 <= status < 400:
-        return f"It was asked at {url}, and answers that it is elsewhere; give its real address by {SETTING}.url."
-    return f"Does it list as many tokens as {SETTING}.top_k, and read rows of data.max_length and one token more?"
+    return refused(status, url, SETTING) or (
+        f"Does it list as many tokens as {SETTING}.top_k, and read rows of data.max_length and one token more?"
+    )

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from answering_server import Answer, Judge, Script, fixed
+from answering_server import Answer, Judge, Script, fixed, serving
 from command_line import distillm
 from distillm import client
 from distillm.client import Client
@@ -42,19 +42,6 @@ class Faulty(Judge):
     def handle_error(self, request: Any, client_address: Any) -> None:
         # A socket that does not linger is closed by a reset.
         request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
-@contextmanager
-def faulty(script: Script) -> Iterator[Faulty]:
-    server = Faulty(script)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def harmed(fault: str, good: Answer, draw: random.Random) -> Answer:
@@ -121,7 +108,7 @@ def responses(bench: "Bench", folder: Path, draw: random.Random) -> Outcome:
     jobs, outcome = draw.choice([1, 1, 4]), SAME
     chaos = Chaos(completion, draw.choice([0.1, 0.3, 0.6]), draw)
     server_settings = {"jobs": jobs, "timeout": TIMEOUT, "attempts": draw.choice([2, 4])}
-    with faulty(chaos) as server, received() as answers:
+    with serving(chaos, Faulty) as server, received() as answers:
         changes = {"data.train": str(bench.many), "data.responses_server": server_settings, "resume": "auto"}
         for _ in range(100):
             chaos.share *= 0.9  # a server that recovers, so that this ends
@@ -164,7 +151,7 @@ def judge(bench: "Bench", folder: Path, draw: random.Random) -> Outcome:
     source, outcome = write_eval(folder / "run" / "eval" / "dolly.json", 12, 3), SAME
     jobs = draw.choice([1, 4])
     chaos = Chaos(fixed, draw.choice([0.1, 0.3, 0.6]), draw)
-    with faulty(chaos) as server, received() as answers:
+    with serving(chaos, Faulty) as server, received() as answers:
         options = ["--server", server.url, "--model", "m", "--jobs", jobs, "--timeout", TIMEOUT, "--backoff", 0.01]
         for _ in range(100):
             chaos.share *= 0.9
@@ -188,10 +175,10 @@ class Bench:
     def __init__(self, folder: Path):
         self.made = materials(folder / "made")
         self.many = write_rows(folder / "many.jsonl", rows(30, 50))
-        with faulty(completion) as server:
+        with serving(completion, Faulty) as server:
             self.trained = distill(run_of(self.made, folder / "trained", server.url, {"data.train": str(self.many)}))
         source = write_eval(folder / "judged" / "eval" / "dolly.json", 12, 3)
-        with faulty(fixed) as server:
+        with serving(fixed, Faulty) as server:
             said = distillm("judge", source, "--server", server.url, "--model", "m")
             assert said.code == 0, said.err
         self.judged = {name: result(source)[name] for name in ("scores", "rows", "failed")}
