@@ -57,7 +57,7 @@ LEVELS = {
     7: ["config.py", "method_settings.py", "data_settings.py", "model_settings.py", "recipes/"],
     8: ["loading.py", "assembly.py", "rows.py", "provenance.py"],
     9: ["assess.py", "caching.py", "project.py"],
-    10: ["pipeline.py", "commands.py"],
+    10: ["pipeline.py", "commands.py", "checking/"],
     11: ["demo/", "sweep.py", "analyse.py", "listing.py"],
     12: ["cli/", "__main__.py"],
 }
@@ -71,6 +71,7 @@ KNOW_RUN = {
     "project.py",
     "pipeline.py",
     "commands.py",
+    "checking",
     "demo",
     "sweep.py",
     "analyse.py",

@@ -11,6 +11,7 @@ from ..errors import DistillmError, StorageError
 from ..listing import datasets
 from ..screen import on_screen
 from .cache import cache_app
+from .check import check
 from .judge import judge
 from .make import recipes_app, schema, shrink, tokenizer
 from .score import evaluate_command, generate
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 
 # Every command, in the order of the help. A new one: write it in the file of its topic, or in a file of its own.
+app.command("check")(check)
 app.command("train")(train)
 app.command("sweep")(sweep)
 app.command("eval")(evaluate_command)

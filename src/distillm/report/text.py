@@ -169,10 +169,11 @@ def _computed(run: RunFolder) -> str:
         return ""
     rate = run.flops / seconds
     share = f", {rate / peak:.1%} of what a large product reaches here" if peak else ""
-    return f"{_operations(run.flops)} in products that rows needed, {_operations(rate)}/s over the whole run{share}"
+    return f"{operations(run.flops)} in products that rows needed, {operations(rate)}/s over the whole run{share}"
 
 
-def _operations(count: float) -> str:
+def operations(count: float) -> str:
+    """A number of floating-point operations, with its unit."""
     name, size = next(((n, s) for n, s in (("P", 1e15), ("T", 1e12), ("G", 1e9)) if count >= s), ("M", 1e6))
     return f"{count / size:.3g} {name}FLOP"
 
