@@ -50,8 +50,16 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+ROOM = {"data.max_prompt": 64, "data.max_length": 96}
+
+
 def found(made: Path, tmp_path: Path, **changes: Any) -> Checked:
-    sound: dict[str, Any] = {"data.max_length": 64, "train.steps": 40, "generation.max_new_tokens": 16}
+    sound: dict[str, Any] = {
+        "data.max_prompt": 64,
+        "data.max_length": 96,
+        "train.steps": 40,
+        "generation.max_new_tokens": 16,
+    }
     given = {name.replace("__", "."): value for name, value in changes.items()}
     return check(tiny_run(made, tmp_path / "run", sound | given))
 
@@ -103,7 +111,13 @@ def test_responses_of_the_teacher_that_never_end(made: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("limit", ["prompt", "response"])
 def test_half_of_the_data_cut(limit: str, taught: Path, tmp_path: Path) -> None:
-    long = [{"instruction": "Say one two. " * 9 * (limit == "prompt"), "output": "one and two " * 9} for _ in range(6)]
+    long = [
+        {
+            "instruction": "Say one two. " * 9 * (limit == "prompt"),
+            "output": "one and two " * (30 if limit == "response" else 1),
+        }
+        for _ in range(6)
+    ]
     mixed = [row | {"instruction": row["instruction"] or "Say."} for row in long] + rows(6)
     file = write_rows(tmp_path / "mixed.jsonl", mixed)
     checked = found(taught, tmp_path, data__train=str(file), data__template="chat")
@@ -203,7 +217,8 @@ def test_flops_are_those_of_the_run(made: Path, tmp_path: Path) -> None:
     same = write_rows(tmp_path / "same.jsonl", [{"instruction": f"Say {i}.", "output": f"{i}."} for i in range(8)])
     changes: dict[str, Any] = {
         "method": {"name": "sft"}, "teacher": None, "data.train": str(same), "data.validation": str(same),
-        "data.test": {}, "data.text": None, "train": {"steps": 10, "batch_size": 2}, "validation": {"samples": 0, "every": 5},
+        "data.test": {}, "data.text": None, "train": {"steps": 10, "batch_size": 2},
+        "validation": {"samples": 0, "every": 5},
     }  # fmt: skip
     run = tiny_run(made, tmp_path / "run", changes)
     foreseen = check(run).cost.flops
@@ -215,7 +230,11 @@ def test_flops_are_those_of_the_run(made: Path, tmp_path: Path) -> None:
 
 def test_the_command_shows_rows_costs_and_findings(taught: Path, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    wanted = settings(taught, tmp_path / "run", {"data.template": "chat", "data.max_length": 64, "train.steps": 40})
+    wanted = settings(
+        taught,
+        tmp_path / "run",
+        {"data.template": "chat", **ROOM, "train.steps": 40},
+    )
     path.write_text(json.dumps(wanted))
     shown = CliRunner().invoke(app, ["check", str(path), "generation.max_new_tokens=16"])
     assert shown.exit_code == 0, shown.output
@@ -233,8 +252,8 @@ def test_the_command_shows_rows_costs_and_findings(taught: Path, tmp_path: Path)
 
 def test_a_setting_that_cannot_be_used_is_said_at_once(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("student: {layers: 2}\n")
-    with pytest.raises(ConfigError, match="teacher.path"):
+    path.write_text("{student: {layers: 2}, data: {train: rows.jsonl}}\n")
+    with pytest.raises(ConfigError, match=r"teacher\.path"):
         load_run(str(path))
 
 

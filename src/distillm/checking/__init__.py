@@ -92,4 +92,4 @@ def _subject(run: Run, folder: RunFolder, display: Display) -> Subject:
     asked = run.data.responses == "teacher" or not any(any(e.targets) for e in rows.validation.examples)
     validation = train if asked else [e for e in rows.validation.examples if any(e.targets)][:READ]
     method = make_method(run, models, train, rows.text, make_buffer(run, len(rows.train.examples)))
-    return Subject(run, read, models, rows, accelerator, method, steps, train, validation)
+    return Subject(run, read, models, rows, accelerator, method, steps, train, validation, asked)

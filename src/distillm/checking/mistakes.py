@@ -78,7 +78,7 @@ def of_data(subject: Subject) -> Iterator[Finding]:
             "repeated", f"{repeated:.0%} of the training rows are there more than once.",
             "Leave the repetitions out, unless they are meant as weights.", grave=False,
         )  # fmt: skip
-    if run.data.prompt != CHAT and _has_chat_template(subject) and not any(any(e.targets) for e in subject.validation):
+    if run.data.prompt != CHAT and _has_chat_template(subject) and subject.asked:
         yield Finding(
             "template", f"The model has a chat template, and prompts are written by '{run.data.prompt}'.",
             "data.template=chat, if it was trained on chats.", grave=False,
@@ -157,10 +157,9 @@ def _cut(subject: Subject, lengths: LengthReport) -> Iterator[Finding]:
 def _fitting(subject: Subject) -> tuple[int, int]:
     """max_prompt and max_length that all but 2 of 100 training rows fit in."""
     data = subject.run.data
-    endless = data.model_copy(update={"max_prompt": 10**6, "max_length": 2 * 10**6})
     source = placed(data, data.train, "train")
     rows = subject.read[source][: data.limit]
-    examples = tokenised(endless, source, rows, subject.models, lambda _: None).examples
+    examples = tokenised(_endless(data), source, rows, subject.models, lambda _: None).examples
     prompts = sorted(last_turn(e).start for e in examples)
     wholes = sorted(len(e.tokens) for e in examples)
     at = min(len(examples) - 1, math.ceil(0.98 * len(examples)) - 1)
@@ -252,14 +251,24 @@ def _template(subject: Subject) -> Iterator[Finding]:
     """Whether the responses are more likely to a model that knows something when prompts are written otherwise."""
     run, data, spec = subject.run, subject.run.data, subject.run.data.spec
     knows = subject.models.teacher is not None or run.student.path is not None
-    if not knows or spec.conversation is not None or data.teacher_template or data.teacher_system or data.system:
+    if (
+        subject.asked
+        or not knows
+        or spec.conversation is not None
+        or data.teacher_template
+        or data.teacher_system
+        or data.system
+    ):
         return
     others = [name for name in spec.templates if name != data.prompt]
     others += [CHAT] if _has_chat_template(subject) and data.prompt != CHAT else []
-    used = _spelled(subject, data)
-    found = {name: _spelled(subject, data.model_copy(update={"template": name})) for name in others}
-    best = min(found, key=lambda name: found[name], default=None)
-    if best is not None and found[best] < (1 - BETTER) * used:
+    spelled = {name: _spelled(subject, data.model_copy(update={"template": name})) for name in [data.prompt, *others]}
+    common = set.intersection(*({e.id for e in rows} for rows in spelled.values()))
+    if not common:
+        return
+    found = {n: _cross_entropy(subject, [e for e in rows if e.id in common]) for n, rows in spelled.items()}
+    used, best = found[data.prompt], min(found, key=lambda name: found[name])
+    if found[best] < (1 - BETTER) * used:
         reader = "teacher" if subject.models.teacher is not None else "student"
         yield Finding(
             "template", f"To the {reader} the responses are likelier when prompts are written by '{best}': "
@@ -268,20 +277,30 @@ def _template(subject: Subject) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _spelled(subject: Subject, data: Data) -> float:
-    """The cross-entropy of the sampled responses, but for their ends, behind prompts that are written by ``data``."""
+def _spelled(subject: Subject, data: Data) -> list[Example]:
+    """The sampled rows, without the ends of their responses, behind whole prompts as ``data`` writes them; those that
+    the models can read."""
     source = placed(data, data.validation or data.train, "validation" if data.validation else "train")
     rows = subject.read[source]
     sampled = [rows[int(example.id.rsplit(":", 1)[1])] for example in subject.validation]
-    made = tokenised(data, source, sampled, subject.models, lambda _: None).examples
+    made = tokenised(_endless(data), source, sampled, subject.models, lambda _: None).examples
     prompts = {int(example.id.rsplit(":", 1)[1]): last_turn(example).prompt for example in made}
+    models = (subject.models.student, subject.models.teacher)
+    rooms = [getattr(model.config, "max_position_embeddings", None) for model in models if model is not None]
+    room = min((room for room in rooms if isinstance(room, int)), default=10**6)
     respelled: list[Example] = []
     for i, example in enumerate(subject.validation):
         prompt, response = prompts.get(i, []), last_turn(example).response
         response = response[:-1] or response  # how a response ends depends on the template
-        marks = [False] * len(prompt) + [True] * len(response)
-        respelled.append(replace(example, tokens=prompt + response, targets=marks, teacher_context=None))
-    return _cross_entropy(subject, respelled)
+        if prompt and len(prompt) + len(response) <= room:
+            marks = [False] * len(prompt) + [True] * len(response)
+            respelled.append(replace(example, tokens=prompt + response, targets=marks, teacher_context=None))
+    return respelled
+
+
+def _endless(data: Data) -> Data:
+    """``data`` without limits of length."""
+    return data.model_copy(update={"max_prompt": 10**6, "max_length": 2 * 10**6})
 
 
 def _cross_entropy(subject: Subject, examples: Sequence[Example]) -> float:

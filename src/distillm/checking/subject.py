@@ -26,6 +26,8 @@ class Subject:
     steps: int
     train: list[Example]
     validation: list[Example]
+    asked: bool
+    """Whether the responses in ``validation`` were written by the teacher, for want of others."""
 
     @property
     def student_writes(self) -> bool:
