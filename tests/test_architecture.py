@@ -58,7 +58,7 @@ LEVELS = {
     8: ["loading.py", "assembly.py", "rows.py", "provenance.py"],
     9: ["assess.py", "caching.py", "project.py"],
     10: ["pipeline.py", "commands.py", "checking/"],
-    11: ["demo/", "sweep.py", "analyse.py", "listing.py"],
+    11: ["demo/", "sweep.py", "analyse.py", "listing.py", "starting.py"],
     12: ["cli/", "__main__.py"],
 }
 LEVEL_OF = {name.removesuffix("/"): level for level, names in LEVELS.items() for name in names}
@@ -75,6 +75,7 @@ KNOW_RUN = {
     "demo",
     "sweep.py",
     "analyse.py",
+    "starting.py",
     "cli",
 }
 

@@ -24,8 +24,9 @@ from .subject import Subject
 
 MANY = 0.1
 """The share of rows from which on a mistake would waste a run."""
-BETTER = 0.05
-"""How much better a template must be to be advised, in shares of the cross-entropy."""
+BETTER, MUCH_BETTER = 0.05, 0.25
+"""How much better a template must be to be advised, in shares of the cross-entropy; in place of the model's own for
+chats, which it was most likely trained with, much better."""
 NOISE = 0.9
 """A cross-entropy of so many times that of a uniform guess is that of a model that knows nothing."""
 SAME = 1e-4
@@ -268,7 +269,7 @@ def _template(subject: Subject) -> Iterator[Finding]:
         return
     found = {n: _cross_entropy(subject, [e for e in rows if e.id in common]) for n, rows in spelled.items()}
     used, best = found[data.prompt], min(found, key=lambda name: found[name])
-    if found[best] < (1 - BETTER) * used:
+    if found[best] < (1 - (MUCH_BETTER if data.prompt == CHAT else BETTER)) * used:
         reader = "teacher" if subject.models.teacher is not None else "student"
         yield Finding(
             "template", f"To the {reader} the responses are likelier when prompts are written by '{best}': "

@@ -6,6 +6,7 @@ import typer
 from rich.text import Text
 
 from ..config import load_run
+from . import complete
 from .common import plain_console
 from .train import Overrides
 
@@ -18,7 +19,12 @@ SHOWN_TOKENS = 160
 
 
 def check(
-    source: Annotated[str, typer.Argument(metavar="YAML|RECIPE|RUN", help="What `distillm train` would be given.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="YAML|RECIPE|RUN", help="What `distillm train` would be given.", autocompletion=complete.sources
+        ),
+    ],
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=0, help="Tokenised rows to show.")] = 3,
 ) -> None:

@@ -9,13 +9,22 @@ import typer
 from ..config import load_run
 from ..errors import TrainingError
 from ..paths import is_file
+from . import complete
 from .common import plain_console, show_comparison
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted name.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted name.", autocompletion=complete.settings),
+]
 
 
 def train(
-    source: Annotated[str, typer.Argument(metavar="YAML|RECIPE|RUN", help="A YAML file, a recipe, or a run folder.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="YAML|RECIPE|RUN", help="A YAML file, a recipe, or a run folder.", autocompletion=complete.sources
+        ),
+    ],
     overrides: Overrides = None,
 ) -> None:
     """Distil: train a student, score it, and write the run folder with its report.
@@ -48,9 +57,14 @@ def train(
 
 
 def sweep(
-    source: Annotated[str, typer.Argument(metavar="YAML|RECIPE", help="What the runs share.")],
+    source: Annotated[
+        str, typer.Argument(metavar="YAML|RECIPE", help="What the runs share.", autocompletion=complete.sources)
+    ],
     overrides: Annotated[
-        list[str], typer.Argument(metavar="KEY=VALUE[,VALUE]...", help="Settings, with all their values.")
+        list[str],
+        typer.Argument(
+            metavar="KEY=VALUE[,VALUE]...", help="Settings, with all their values.", autocompletion=complete.settings
+        ),
     ],
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which runs there would be.")] = False,
