@@ -145,7 +145,7 @@ def _train(project: Project) -> None:
         for step in training(project):
             _log_step(project, step)
             settle()
-            advance(step.step, _words(step))
+            advance(step.step, _words(step), None if step.skipped else step.loss)
             due = step.step == total or step.step % project.every == 0
             if due:
                 _validation(project)
@@ -216,7 +216,7 @@ def _validation(project: Project) -> None:
     run, state = project.run, project.state
     figures = validated(project)
     project.folder.append(METRICS, {"kind": "validation", "step": state.step, **figures})
-    _samples(project)
+    written = _samples(project)
     value = -figures["rouge_l"] if run.validation.select == "rouge_l" else figures[run.validation.select]
     if state.step == 0:
         project.first = value
@@ -228,13 +228,16 @@ def _validation(project: Project) -> None:
         project.accelerator.log({f"validation/{k}": v for k, v in figures.items()}, step=state.step)
     shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items() if name != "monitored")
     project.display.note(f"validation after step {state.step}: {shown}")
+    if written:  # another one each time
+        project.display.sample(*written[(len(state.validation) - 1) % len(written)])
 
 
 @part("validation", whole=True)
-def _samples(project: Project) -> None:
+def _samples(project: Project) -> list[tuple[str, str]]:
+    """Let the student answer the sample prompts; each with its answer."""
     rows = project.validation.examples[: project.run.validation.samples]
     if not rows:
-        return
+        return []
     models, tokenizer = project.models, project.models.tokenizer
     if models.teacher is not None and not project.teacher_texts:
         written = [e for e in rows if e.origin == "teacher"]
@@ -244,7 +247,8 @@ def _samples(project: Project) -> None:
             else answers(project.run, models, models.teacher, rows)
         )
         project.teacher_texts = dict(zip((e.id for e in rows), texts, strict=True))
-    for example, text in zip(rows, answers(project.run, models, models.student, rows), strict=True):
+    texts = answers(project.run, models, models.student, rows)
+    for example, text in zip(rows, texts, strict=True):
         entry = {
             "step": project.state.step,
             "id": example.id,
@@ -254,6 +258,7 @@ def _samples(project: Project) -> None:
             "student": text,
         }
         project.folder.append(SAMPLED, entry)
+    return [(project.validation.prompts[e.id], text) for e, text in zip(rows, texts, strict=True)]
 
 
 def _save(project: Project) -> None:
