@@ -14,6 +14,34 @@ ARGUMENTS = [
     *("--disable-sync", "--no-first-run", "--disable-quic"),
 ]
 
+# What a script in the page measures: the lowest contrast of its visible texts, each against the ground behind it.
+CONTRAST = """() => {
+  const parts = (color) => color.match(/[\\d.]+/g).map(Number);
+  const linear = (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+  const light = (color) => {
+    const [r, g, b] = parts(color).slice(0, 3).map((c) => linear(c / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = (of) => {
+    for (let at = of; at; at = at.parentElement) {
+      const color = getComputedStyle(at).backgroundColor;
+      if ((parts(color)[3] ?? 1) > 0) return color;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  let least = [Infinity, ""];
+  for (const each of document.querySelectorAll("body *")) {
+    const own = [...each.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+    if (!own || !each.checkVisibility() || /script|style/i.test(each.tagName)) continue;
+    const ink = getComputedStyle(each)[each.namespaceURI.endsWith("svg") ? "fill" : "color"];
+    const [a, b] = [light(ink), light(ground(each))].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    const where = `${each.tagName}.${each.getAttribute("class")} ${each.textContent.slice(0, 40)}`;
+    if (ratio < least[0]) least = [ratio, where];
+  }
+  return least;
+}"""
+
 
 def chromium() -> str | None:
     """Where Chromium is, named by ``DISTILLM_CHROMIUM`` or on the path; None where there is none."""
