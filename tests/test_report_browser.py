@@ -16,6 +16,7 @@ from distillm.cli import app
 from distillm.config import as_yaml
 from distillm.report import write_report
 from fabricated_run import CONFIG, evaluation, fabricate, write_lines
+from test_demo import demonstrate
 from tiny_run import materials, tiny_run
 
 DEMO = Path(__file__).parents[1] / "demo" / "report.html"
@@ -93,7 +94,7 @@ def unfold(found: Opened) -> Opened:
     return found.drawn()
 
 
-@pytest.fixture(name="found", params=["run", "sweep", "fabricated", "hostile", "hostile, several"])
+@pytest.fixture(name="found", scope="module", params=["run", "sweep", "fabricated", "hostile", "hostile, several"])
 def _found(request: pytest.FixtureRequest, started: Any, reports: dict[str, Path]) -> Generator[Opened]:
     made = unfold(opened(started, reports[request.param]))
     yield made
@@ -383,10 +384,11 @@ def test_pointing_at_one_chart_tells_the_values_of_all_at_that_step(kitchen: Ope
         assert name in said
 
 
-def test_the_demos_report(started: Any):
-    if not DEMO.exists():
-        pytest.skip("there is no demo/report.html: make demo DEMO=--quick")
-    found = unfold(opened(started, DEMO))
+def test_the_demos_report(started: Any, tmp_path: Path):
+    if not DEMO.exists():  # then that of a demonstration with a tiny teacher
+        demonstrate(tmp_path, quick=True)
+    found = unfold(opened(started, DEMO if DEMO.exists() else tmp_path / "demo" / "report.html"))
     assert_sound(found)
     assert found.page.locator(".answer").count() > 0
+    assert found.page.locator(".sample").count() > 0
     found.page.context.close()
