@@ -14,14 +14,15 @@ from transformers import PreTrainedModel
 
 from .accounting import account_for, kept_by, part, peak_bytes, peak_rate, settle, taken
 from .assembly import make_accelerator, make_sampling
-from .assess import answers, assess
+from .assess import answers, assess, by_token
 from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of
 from .config import Run, as_yaml, changed, read_yaml
 from .display import Display
 from .errors import ConfigError, Interrupted, ProcessError, StorageError, Terminated, TrainingError
 from .evaluation.run import decode, seeds_used
 from .folder import RunFolder
-from .processes import anyone, by_first, count, first_alone, out_of_touch, writes
+from .kept_teacher import KeptTeacher
+from .processes import anyone, by_first, count, dealt, first_alone, out_of_touch, writes
 from .project import Project, Stop, build, save_student, training, unless_stopped, validated
 from .provenance import provenance
 from .report import write_report
@@ -365,6 +366,7 @@ def _finish(project: Project) -> None:
     with part("saving"):
         save_student(project.run, models, folder.student)
     _score_tests(project, models.student, "student")
+    _score_tokens(project)
     if "teacher" in project.run.evaluation.compare:
         if models.teacher is not None:
             _score_tests(project, models.teacher, "teacher")
@@ -396,6 +398,22 @@ def _score_tests(project: Project, model: PreTrainedModel, system: str) -> None:
                 progress=lambda done, _, checked=checked: checked(done),
             )
         project.folder.write_eval(file, {"data": name, "system": system, "model": origin} | result)
+
+
+def _score_tokens(project: Project) -> None:
+    """Answers to the first test rows of each set in turn, or to validation rows where there are none, by token."""
+    run, models, folder = project.run, project.models, project.folder
+    if not run.evaluation.token_rows or models.pair.teacher is None or folder.has_tokens():
+        return
+    if isinstance(models.pair.teacher, KeptTeacher):
+        project.display.note(
+            "the student's answers are not compared token by token: the teacher is not here to read them"
+        )
+        return
+    sets = project.tests or {"validation": project.validation}
+    rows = dealt([[(name, e, of.prompts[e.id]) for e in of.examples] for name, of in sets.items()])
+    with part("scoring", whole=True):
+        folder.write_tokens(by_token(run, models, rows[: run.evaluation.token_rows]))
 
 
 def _event(project: Project, event: str, message: str, **more: Any) -> None:

@@ -69,7 +69,7 @@ def sweep(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which runs there would be.")] = False,
 ) -> None:
-    """Make every combination of settings, and end in one table with mean and spread over seeds.
+    """Make every combination of settings, and end in one table with mean and spread over seeds, and one report.
 
     \b
     distillm sweep run.yaml method.name=sft,kd,gkd,distillm seed=1,2,3 output=runs/methods
@@ -84,12 +84,14 @@ def sweep(
         typer.echo("\n".join(cell.run.output for cell in cells))
         return
     from ..display import Display
+    from ..report import write_report
 
     finished, failed = run_sweep(cells, Display(), jobs)
     folder = Path(cells[0].run.output).parent
     if finished:
         plain_console().print(write_table(finished, folder))
-        typer.echo(f"table: {folder / 'table.md'}")
+        report = write_report([Path(cell.run.output) for cell in finished], folder / "report.html")
+        typer.echo(f"table:  {folder / 'table.md'}\nreport: {report}")
     if failed:
         said = "\n".join(f"  {Path(name).name}: {text.splitlines()[0]}" for name, text in failed.items())
         raise TrainingError(f"{len(failed)} of {len(cells)} runs failed:\n{said}")
