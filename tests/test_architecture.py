@@ -55,7 +55,7 @@ LEVELS = {
     5: ["methods.py"],
     6: ["train.py", "checkpoint.py", "folder.py", "evaluation/", "report/", "display.py", "judge/"],
     7: ["config.py", "method_settings.py", "data_settings.py", "model_settings.py", "recipes/"],
-    8: ["loading.py", "assembly.py", "rows.py", "provenance.py"],
+    8: ["loading.py", "assembly.py", "rows.py", "provenance.py", "card.py"],
     9: ["assess.py", "caching.py", "project.py"],
     10: ["pipeline.py", "commands.py"],
     11: ["demo/", "sweep.py", "analyse.py", "listing.py"],
@@ -63,6 +63,7 @@ LEVELS = {
 }
 LEVEL_OF = {name.removesuffix("/"): level for level, names in LEVELS.items() for name in names}
 KNOW_RUN = {
+    "card.py",
     "loading.py",
     "assembly.py",
     "rows.py",
