@@ -56,7 +56,7 @@ LEVELS = {
     6: ["train.py", "checkpoint.py", "folder.py", "evaluation/", "report/", "display.py", "judge/"],
     7: ["config.py", "method_settings.py", "data_settings.py", "model_settings.py", "recipes/"],
     8: ["loading.py", "assembly.py", "rows.py", "provenance.py", "card.py"],
-    9: ["assess.py", "caching.py", "project.py"],
+    9: ["assess.py", "caching.py", "project.py", "publish.py"],
     10: ["pipeline.py", "commands.py"],
     11: ["demo/", "sweep.py", "analyse.py", "listing.py"],
     12: ["cli/", "__main__.py"],
@@ -171,6 +171,7 @@ def test_files_and_functions_stay_small(path: Path):
 LIGHT = {
     "the help": "sys.argv = ['distillm', '--help']",
     "the help of train": "sys.argv = ['distillm', 'train', '--help']",
+    "the help of push": "sys.argv = ['distillm', 'push', '--help']",
     "the help of judge": "sys.argv = ['distillm', 'judge', '--help']",
     "the schema": "sys.argv = ['distillm', 'schema']",
     "the recipes": "sys.argv = ['distillm', 'recipes']",

@@ -13,6 +13,7 @@ from ..screen import on_screen
 from .cache import cache_app
 from .judge import judge
 from .make import recipes_app, schema, shrink, tokenizer
+from .push import push
 from .score import evaluate_command, generate
 from .show import analyse, compare, report
 from .train import demo, sweep, train
@@ -42,6 +43,7 @@ app.command("judge")(judge)
 app.command("compare")(compare)
 app.command("report")(report)
 app.command("analyse")(analyse)
+app.command("push")(push)
 app.command("shrink")(shrink)
 app.command("tokenizer")(tokenizer)
 app.command("datasets")(datasets)
