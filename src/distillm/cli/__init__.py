@@ -17,6 +17,7 @@ from .push import push
 from .score import evaluate_command, generate
 from .show import analyse, compare, report
 from .train import demo, sweep, train
+from .watch import watch
 
 EXIT_CODES = """
 Exit codes: 0 done · 1 a defect of distillm (with a traceback; please report it) · 2 a setting, file or model cannot be
@@ -42,6 +43,7 @@ app.command("generate")(generate)
 app.command("judge")(judge)
 app.command("compare")(compare)
 app.command("report")(report)
+app.command("watch")(watch)
 app.command("analyse")(analyse)
 app.command("push")(push)
 app.command("shrink")(shrink)
