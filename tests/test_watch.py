@@ -287,3 +287,38 @@ def test_a_long_run_is_drawn_in_seconds(tmp_path: Path):
     sys.stdout.write(f"seconds: {', '.join(f'{each:.2f}' for each in took)}\n")
     assert size < 5_000_000
     assert min(took) < 10
+
+
+@pytest.mark.slow
+def test_a_browser_follows_a_run_and_keeps_its_place(tmp_path: Path, hasty: None):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if browser is None:
+        pytest.skip("needs a browser")
+    asked: list[str] = []
+    said: list[str] = []
+    with watched(tmp_path / "run") as server, api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = started.new_page(viewport={"width": 1000, "height": 600})
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(server.url)
+        assert page.inner_text("h1") == "Waiting for a run"
+        run = fabricate(tmp_path / "made", num_steps=60, every=20)
+        run.rename(tmp_path / "run")
+        page.wait_for_selector(".chart svg", timeout=30_000)
+        page.evaluate("document.documentElement.dataset.theme = 'dark'")
+        page.evaluate("document.querySelector('details').open = true; scrollTo(0, 700)")
+        version = page.get_attribute("#live", "data-version")
+        with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+            file.write('{"kind": "step", "step": 61, "loss": 1.0}\n')
+        page.wait_for_selector(f"#live:not([data-version='{version}'])", timeout=30_000)
+        page.wait_for_selector(".chart svg")
+        assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+        assert page.evaluate("document.querySelector('details').open")
+        assert page.evaluate("scrollY") == 700
+        assert "61 of" in page.inner_text("main")
+        started.close()
+        assert {url.removeprefix(server.url) for url in asked} == {"", "version"}
+        assert said == []
