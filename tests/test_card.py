@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from distillm import pipeline
-from distillm.card import card_of, code, is_hub_name, public_name, write_card
+from distillm.card import card_of, code, hub_names, is_hub_name, last_part, write_card
 from distillm.errors import Interrupted
 from distillm.pipeline import distill
 from distillm.report import read_run
@@ -113,6 +113,8 @@ def test_it_says_what_the_run_was(students: dict[str, Path]):
 def test_it_holds_no_text_of_a_row_and_no_place_of_this_machine(students: dict[str, Path], name: str):
     text = (students[name] / "student" / "README.md").read_text(encoding="utf-8")
     run = students[name]
+    assert card_of(read_run(run)) == text
+    assert read_run(run).provenance["hub"] == []
     assert str(run.parent) not in text
     assert run.parent.name not in text
     for row in lines(run / "samples.jsonl"):
@@ -155,9 +157,29 @@ def test_what_the_hub_knows_is_linked_and_local_folders_are_not(tmp_path: Path, 
     assert "datasets" not in local
     for path in ("/abs/x", "./x", "~/x", "../x", "a/b/c", "x.gguf", "data.jsonl", "models/mine", "C:\\x\\y", "a--b/c"):
         assert not is_hub_name(path)
-    assert [public_name(p) for p in ("org/x", "/home/a/x/", "C:\\u\\x.gguf", "models/mine")] == [
-        "org/x", "x", "x.gguf", "mine",
-    ]  # fmt: skip
+    assert [last_part(p) for p in ("org/x", "/home/a/x/", "C:\\u\\x.gguf", "x")] == ["x", "x", "x.gguf", "x"]
+
+
+def test_a_run_records_what_was_the_hubs_so_that_its_card_is_the_same_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "dolly").mkdir()
+    config: dict[str, Any] = {
+        "student": {"path": "models/mine"},
+        "teacher": {"path": "org/big"},
+        "data": {"train": "dolly", "validation": "v.jsonl", "test": {"a": {"path": "org/set", "split": "test"}}},
+    }
+    assert hub_names(config) == ["dolly", "org/big", "org/set"]
+    recorded = {**CONFIG["provenance"], "hub": hub_names(config)}
+    here = configured(tmp_path / "a", **config, provenance=recorded)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "base_model" not in metadata(here)
+    assert "It began as `mine`." in here
+    assert metadata(here)["datasets"] == ["databricks/databricks-dolly-15k"]
+    assert card_of(read_run(tmp_path / "a")) == here
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,17 @@ def test_what_is_no_model_does_not_go(run: Path, model: Path, tmp_path: Path):
         parcel_of(str(folder))
 
 
+def test_a_card_that_was_edited_stays_and_that_is_said(run: Path):
+    assert len(parcel_of(str(run)).notes) == 1  # no licence; the card is written here
+    assert len(parcel_of(str(run)).notes) == 1
+    card = run / "student" / "README.md"
+    edited = card.read_text(encoding="utf-8").replace("---\n", "---\nlicense: mit\n", 1)
+    card.write_text(edited, encoding="utf-8")
+    (note,) = parcel_of(str(run)).notes
+    assert "was edited, or scores were added" in note
+    assert card.read_text(encoding="utf-8") == edited
+
+
 @pytest.mark.parametrize("name", ["kitchen", "a/b/c", "a b/c", "me/x..y", "", "/x", "me/"])
 def test_a_name_that_the_hub_would_not_take(name: str):
     with pytest.raises(ConfigError):

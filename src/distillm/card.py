@@ -61,6 +61,8 @@ def card_of(run: RunFolder) -> str:
 
 def is_hub_name(name: str) -> bool:
     """Whether ``name`` can only mean a model or data set of the hub: nothing lies there on this machine."""
+    if name in known():  # of which a folder may be at hand
+        return not is_file(Path(name))
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -68,9 +70,36 @@ def is_hub_name(name: str) -> bool:
     return not (name.lower().endswith(_FILES) or is_dir(Path(name)) or is_file(Path(name)))
 
 
-def public_name(name: str) -> str:
+def hub_names(config: Mapping[str, Any]) -> list[str]:
+    """The names in ``config`` of models and data sets that are the hub's, as things lie on this machine now.
+
+    A run records them, so that its card says the same wherever it is written.
+    """
+    student, teacher, data = (mapping(config, key) for key in ("student", "teacher", "data"))
+    given = [student.get("path"), teacher.get("path"), mapping(teacher, "server").get("model")]
+    given += [mapping(data, "responses_server").get("model")]
+    given += [_path(data.get(key)) for key in ("train", "validation", "text")]
+    given += [_path(source) for source in mapping(data, "test").values()]
+    return sorted({name for name in given if isinstance(name, str) and is_hub_name(name)})
+
+
+def _on_hub(run: RunFolder, name: str) -> bool:
+    recorded = run.provenance.get("hub")
+    return name in recorded if isinstance(recorded, list) else is_hub_name(name)
+
+
+def _public(run: RunFolder, name: str) -> str:
     """``name`` as it may be published: a hub name whole, of a path the last part alone."""
-    return name if is_hub_name(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return name if _on_hub(run, name) else last_part(name)
+
+
+def last_part(path: str) -> str:
+    """What stands behind the last slash, of either kind."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def _path(source: Any) -> Any:
+    return source.get("path") if isinstance(source, Mapping) else source
 
 
 def code(text: object) -> str:
@@ -106,29 +135,27 @@ def _base(run: RunFolder) -> str | None:
     student = mapping(run.config, "student")
     origin = mapping(run.config, "teacher") if student.get("layers") is not None else student
     path = origin.get("path")
-    return path if isinstance(path, str) and is_hub_name(path) else None
+    return path if isinstance(path, str) and _on_hub(run, path) else None
 
 
 def _datasets(run: RunFolder) -> list[str]:
     data = mapping(run.config, "data")
-    named = [_hub_data(data.get(key)) for key in ("train", "text")]
+    named = [_hub_data(run, data.get(key)) for key in ("train", "text")]
     return list(dict.fromkeys(name for name in named if name is not None))
 
 
-def _hub_data(source: Any) -> str | None:
+def _hub_data(run: RunFolder, source: Any) -> str | None:
     """The hub's name of a data set, of one that is known by another name too."""
-    path = source.get("path") if isinstance(source, Mapping) else source
-    if not isinstance(path, str) or is_file(Path(path)):
+    path = _path(source)
+    if not isinstance(path, str) or not _on_hub(run, path):
         return None
-    if path in known():
-        return known()[path].path
-    return path if is_hub_name(path) else None
+    return known()[path].path if path in known() else path
 
 
-def _data_name(source: Any) -> str:
-    path = str(source.get("path") if isinstance(source, Mapping) else source)
+def _data_name(run: RunFolder, source: Any) -> str:
     parts = [source.get(key) for key in ("name", "split")] if isinstance(source, Mapping) else []
-    return ", ".join([_hub_data(source) or public_name(path), *(str(part) for part in parts if part)])
+    named = _hub_data(run, source) or _public(run, str(_path(source)))
+    return ", ".join([named, *(str(part) for part in parts if part)])
 
 
 def _pipeline(run: RunFolder) -> str:
@@ -142,7 +169,7 @@ def _results(run: RunFolder) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=_pipeline(run),
-            dataset_type=_hub_data(tests.get(entry.data)) or _plain(entry.data) or "data",
+            dataset_type=_hub_data(run, tests.get(entry.data)) or _plain(entry.data) or "data",
             dataset_name=_plain(entry.data) or "data",
             metric_type=_plain(name),
             metric_value=score.mean,
@@ -158,13 +185,15 @@ def _results(run: RunFolder) -> list[EvalResult]:
 def _model_name(run: RunFolder) -> str:
     student, teacher = mapping(run.config, "student"), mapping(run.config, "teacher")
     if isinstance(student.get("path"), str):
-        begun = public_name(student["path"]).split("/")[-1]
+        begun = _public(run, student["path"]).split("/")[-1]
     elif student.get("layers") is not None:
         layers = student["layers"]
         number = len(layers) if isinstance(layers, list) else layers
-        begun = f"{public_name(str(teacher.get('path'))).split('/')[-1]}-{number}-layers"
+        whole = _public(run, str(teacher.get("path"))).split("/")[-1]
+        begun = f"{whole.removesuffix('.gguf')}-{number}-layers"
     else:
         begun = str(mapping(student, "config").get("model_type") or "student")
+    begun = begun.removesuffix(".gguf")
     return "-".join(part for part in (_plain(begun), _plain(method_name(run) or "")) if part) or "student"
 
 
@@ -207,10 +236,10 @@ def _teacher(run: RunFolder) -> str | None:
     if teacher.get("cached"):
         return f"a model of which the states of all rows were kept ({code(teacher['cached'])})"
     if isinstance(teacher.get("path"), str):
-        return code(public_name(teacher["path"]))
+        return code(_public(run, teacher["path"]))
     for server in (mapping(teacher, "server"), mapping(run.config, "data", "responses_server")):
         if isinstance(server.get("model"), str):
-            return f"{code(public_name(server['model']))}, on a server"
+            return f"{code(_public(run, server['model']))}, on a server"
     return None
 
 
@@ -227,7 +256,7 @@ def _introduction(run: RunFolder) -> list[str]:
     student, teacher = mapping(run.config, "student"), _teacher(run)
     layers, decoder = student.get("layers"), student.get("decoder_layers")
     if isinstance(student.get("path"), str):
-        begun = f"It began as {code(public_name(student['path']))}."
+        begun = f"It began as {code(_public(run, student['path']))}."
     elif layers is not None:
         both = f", and of its decoder's {code(decoder)}" if decoder is not None else ""
         begun = f"It began as {code(layers)} of the teacher's layers{both} (one number: evenly spaced)."
@@ -300,9 +329,9 @@ def _data(run: RunFolder) -> list[str]:
             count = number_in(rows, key)
             unit = "windows" if key == "text" else "rows"
             counted = "" if count is None else f", {count:.0f} {unit}"
-            lines.append(f"- {said}: {code(_data_name(data[key]))}{counted}")
+            lines.append(f"- {said}: {code(_data_name(run, data[key]))}{counted}")
     if data.get("task"):
-        lines.append(f"- Task: {code(public_name(str(data['task'])))}")
+        lines.append(f"- Task: {code(_public(run, str(data['task'])))}")
     wrote = data.get("responses") == "teacher" or method_name(run) == "seqkd"
     lines.append(f"- Responses: {'written by the teacher' if wrote else 'those of the data'}")
     if data.get("teacher_template") or data.get("teacher_system"):
@@ -415,7 +444,7 @@ def _command(given: Any) -> str:
     words = [str(word) for word in given] if isinstance(given, list) else str(given).split()
     kept: list[str] = []
     for word in words:
-        last = public_name(word) if "=" not in word else ""
+        last = last_part(word) if "=" not in word else ""
         whole = word in ("distillm", "train", *recipes()) or _OVERRIDE.fullmatch(word)
         shown = word if whole else last if re.fullmatch(r"[\w.-]+\.ya?ml", last) else "..."
         if shown != "..." or kept[-1:] != ["..."]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .accounting import account_for, kept_by, part, peak_bytes, peak_rate, settle, taken
 from .assembly import make_accelerator, make_sampling
 from .assess import answers, assess
-from .card import write_card
+from .card import hub_names, write_card
 from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of
 from .config import Run, as_yaml, changed, read_yaml
 from .display import Display
@@ -119,7 +119,7 @@ def _describe(project: Project, command: str | None, resumed: bool = False) -> N
     device = project.accelerator.device
     origin = provenance(models, device, command) | {"resolved": _resolved(project)}
     bf16 = project.run.train.mixed_precision == "bf16" or project.run.student.dtype == "bfloat16"
-    origin["rows"] = _rows(project)
+    origin |= {"rows": _rows(project), "hub": hub_names(project.run.model_dump(mode="json"))}
     origin["peak_flops"] = peak_rate(device, torch.bfloat16 if bf16 else torch.float32)
     if resumed:  # what began the run stays; what it was gone on with is added
         before = mapping(_saved_settings(project), "provenance")

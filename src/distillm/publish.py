@@ -14,9 +14,10 @@ from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from .card import NAME, is_hub_name, write_card
+from .card import NAME, card_of, is_hub_name, write_card
 from .errors import ConfigError, DataError, DistillmError, ModelError, ServerError
 from .paths import home, is_dir, is_file
+from .report.read import read_run
 
 MODEL_FILES = (
     NAME, "config.json", "generation_config.json", "adapter_config.json", "*.safetensors",
@@ -53,17 +54,27 @@ def parcel_of(source: str) -> Parcel:
     folder = home(source)
     if not is_dir(folder):
         raise DataError(f"{source} is no folder: give a run or a model folder")
+    changed: list[str] = []
     if is_file(folder / "run.yaml"):
         run, folder = folder, folder / "student"
         if not is_dir(folder):
             raise DataError(f"{source} has no student yet: the run has not ended. Go on with it by resume=auto")
-        if not is_file(folder / NAME):
-            write_card(run)
+        changed = _brought_up(run, folder / NAME)
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     files = {entry.name: entry.stat().st_size for entry in entries if entry.is_file() and _is_models(entry.name)}
     _check_is_model(folder, files)
     left_out = [entry.name + ("/" if entry.is_dir() else "") for entry in entries if entry.name not in files]
-    return Parcel(folder, files, left_out, _notes(folder, files))
+    return Parcel(folder, files, left_out, changed + _notes(folder, files))
+
+
+def _brought_up(run: Path, card: Path) -> list[str]:
+    """Write a card where there is none; say where the one there is another than the run would have."""
+    if not is_file(card):
+        write_card(run)
+    elif card.read_text(encoding="utf-8", errors="replace") != card_of(read_run(run)):
+        said = "was edited, or scores were added since it was written; delete it to have it written anew"
+        return [f"{NAME} is not what the run would write now: it {said}"]
+    return []
 
 
 def address_of(repository: str) -> str:
