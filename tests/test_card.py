@@ -104,7 +104,10 @@ def test_it_says_what_the_run_was(students: dict[str, Path]):
     assert f"| `Divergence (nats/token)` | {before:.3f} | {whole:.3f} | – |" in text
     assert "fine-tuned without a teacher" in card(students["config"]).text
     assert "random weights, as a `llama`" in card(students["config"]).text
-    assert "`[0]` of the teacher's layers" in card(students["layers"]).text
+    assert "It began with the layers `0` of the teacher." in card(students["layers"]).text
+    assert "licences of the teacher and the data." in card(students["layers"]).text
+    assert "licences of the data." in card(students["config"]).text
+    assert "licences of the model it began as, the teacher and the data." in card(students["whole"]).text
     assert "holds a LoRA adapter alone" in card(students["adapter"]).text
     assert "merged into the weights" in card(students["merged"]).text
 
@@ -151,6 +154,7 @@ def test_what_the_hub_knows_is_linked_and_local_folders_are_not(tmp_path: Path, 
     assert metadata(adapter)["base_model_relation"] == "adapter"
     shrunk = configured(tmp_path / "c", student={"path": None, "layers": 4}, teacher={"path": "org/big"})
     assert metadata(shrunk)["base_model"] == "org/big"
+    assert "It began with `4` layers, evenly spaced, of the teacher." in shrunk
     assert metadata(shrunk)["model-index"][0]["name"] == "big-4-layers-distillm"
     local = metadata(configured(tmp_path / "d", student={"path": "models/mine"}))
     assert "base_model" not in local

@@ -258,8 +258,8 @@ def _introduction(run: RunFolder) -> list[str]:
     if isinstance(student.get("path"), str):
         begun = f"It began as {code(_public(run, student['path']))}."
     elif layers is not None:
-        both = f", and of its decoder's {code(decoder)}" if decoder is not None else ""
-        begun = f"It began as {code(layers)} of the teacher's layers{both} (one number: evenly spaced)."
+        own = f"; its decoder with {_layers(decoder)}" if decoder is not None else ""
+        begun = f"It began with {_layers(layers)} of the teacher{own}."
     else:
         kind = mapping(student, "config").get("model_type") or "model"
         begun = f"It began with random weights, as a {code(kind)} built from a configuration."
@@ -270,6 +270,14 @@ def _introduction(run: RunFolder) -> list[str]:
     made = f"a student of {teacher}" if teacher else "a language model, fine-tuned without a teacher"
     lines = [f"# {_model_name(run)}", "", f"This model is {made}, made with distillm. {begun}", ""]
     return lines + _sizes(run)
+
+
+def _layers(kept: Any) -> str:
+    return (
+        f"the layers {code(', '.join(map(str, kept)))}"
+        if isinstance(kept, list)
+        else f"{code(kept)} layers, evenly spaced,"
+    )
 
 
 def _sizes(run: RunFolder) -> list[str]:
@@ -466,9 +474,8 @@ def _limits(run: RunFolder) -> list[str]:
 
 
 def _licence(run: RunFolder) -> list[str]:
-    sources = ["the model it began as", *(["the teacher"] if _teacher(run) else []), "the data"]
-    if mapping(run.config, "student").get("config") is not None:
-        sources = sources[1:]
+    begun = mapping(run.config, "student").get("path") is not None
+    sources = ["the model it began as"] * begun + ["the teacher"] * (_teacher(run) is not None) + ["the data"]
     return [
         "## Licence",
         "",
