@@ -299,5 +299,9 @@ def test_a_resumed_run_has_a_new_card_and_an_unscored_student_none(tmp_path: Pat
     assert not path.exists()  # the student is a new one, and what is known of the old one says nothing
     monkeypatch.setattr(pipeline, "_score_tests", scored)
     distill(longer)
-    assert "Trained for 4 steps" in path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    assert "Trained for 4 steps" in text
+    path.write_text("damaged", encoding="utf-8")
+    distill(longer)  # nothing is left to be done but what a run ends with
+    assert path.read_text(encoding="utf-8") == text
     assert not list((run / "student").glob(".*"))

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -127,6 +128,17 @@ def raw(server: LiveServer, sent: bytes) -> int:
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as line:
         line.sendall(sent)
         return int(line.makefile("rb").readline().split()[1])
+
+
+def test_a_browser_that_goes_away_leaves_no_trace(run: Path, capsys: pytest.CaptureFixture[str]):
+    with watched(run) as server:
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as line:
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed by a reset
+                line.sendall(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        assert ask(server)[0] == 200
+        time.sleep(0.2)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_page_is_made_again_only_when_a_file_has_changed(
