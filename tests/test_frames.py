@@ -83,6 +83,9 @@ def test_several_runs_are_laid_over_one_another(run: RunLog, folder: Path, tmp_p
     assert [trace["name"] for trace in terms] == [
         "kitchen · distill", "kitchen · text", "other · distill", "other · text",
     ]  # fmt: skip
+    cost = plot([folder, other], "time-divergence").to_dict()
+    assert [(trace["name"], trace["mode"]) for trace in cost["data"]] == [("kitchen", "markers"), ("other", "markers")]
+    assert cost["layout"]["xaxis"]["title"]["text"] == "training time (s)"
     with pytest.raises(ConfigError, match="one run alone"):
         plot([folder, other], "origins")
 

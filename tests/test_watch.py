@@ -323,7 +323,7 @@ def test_a_browser_follows_a_run_and_keeps_its_place(tmp_path: Path, hasty: None
         run = fabricate(tmp_path / "made", num_steps=60, every=20)
         run.rename(tmp_path / "run")
         page.wait_for_selector(".chart svg", timeout=30_000)
-        page.evaluate("document.documentElement.dataset.theme = 'dark'")
+        page.select_option("#theme", "dark")
         page.evaluate("document.querySelector('details').open = true; scrollTo(0, 700)")
         version = page.get_attribute("#live", "data-version")
         with (tmp_path / "run" / "metrics.jsonl").open("a") as file:

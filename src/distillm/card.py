@@ -302,10 +302,10 @@ def _method(run: RunFolder) -> list[str]:
     name = method_name(run)
     found = None if name is None else _methods().get(name)
     lines = ["## Method", "", " ".join((found.__doc__ or "").split()) if found else f"Method: {code(name)}."]
-    planned, last = number_in(mapping(run.config, "train"), "steps"), run.last_step
+    planned, last = run.planned, run.last_step
     batch = number_in(mapping(run.config, "train"), "batch_size")
     if last is not None:
-        of = f" of {planned:.0f}" if planned and planned != last else ""
+        of = f" of {planned}" if planned and planned != last else ""
         lines.append(f"Trained for {last}{of} steps" + (f" of {batch:.0f} rows." if batch else "."))
     best = [event["step"] for event in run.events if event.get("event") == "best"]
     lost = any(event.get("event") == "damaged" and event["step"] == last for event in run.events)

@@ -1,9 +1,11 @@
 """Text -> token ids, in one place, so that training, generation and evaluation read the same tokens."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, has_specials: bool) -> list[list[int]]:
@@ -66,3 +68,25 @@ def around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
         return [i for i in whole[:1] if i == tokenizer.bos_token_id], []
     start = next(i for i in range(len(whole)) if whole[i : i + len(body)] == body)
     return whole[:start], whole[start + len(body) :]
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds, special tokens too; joined they are the text of all.
+
+    A token that is a part of a character adds nothing until the last part of it, which adds the character.
+    """
+    texts: list[str] = []
+    start, done = 0, 0  # the last token that added something stands before, so that spaces come out as in the whole
+    for end in range(1, len(ids) + 1):
+        before, now = text_of(tokenizer, ids[start:done]), text_of(tokenizer, ids[start:end])
+        if now.endswith(INCOMPLETE) and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(now[len(before) :])
+        start, done = done, end
+    return texts
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of ``ids``, special tokens too."""
+    return cast(str, tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))

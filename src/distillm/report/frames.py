@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from ..errors import ConfigError
 from ..notebook import facts_lines, facts_table
-from .charts import Chart, Series, overlay_charts, run_charts
+from .charts import Chart, Series, overlay, run_charts
 from .read import Record, RunFolder, read_runs
 from .text import facts, title
 
@@ -64,8 +64,9 @@ def plot(runs: str | Path | RunLog | Sequence[str | Path | RunLog], what: str = 
     """A chart of the report as a plotly figure, which a notebook shows where it is the last value of a cell.
 
     ``what`` is a chart of the report: loss, terms, validation, rouge, probability, buffer, age, origins (of one run
-    alone); or one validation figure: divergence, cross_entropy, rouge_l. Of several runs their curves are laid over one
-    another, without the noise of single steps.
+    alone); one validation figure: divergence, cross_entropy, rouge_l; or, of several runs that were scored, their
+    students' scores against what they cost: time-rouge_l, time-divergence, size-rouge_l, size-divergence. The curves of
+    several runs are laid over one another, without the noise of single steps.
 
     JupyterLab, Notebook 7 and VS Code draw it without a network. For a notebook that is to be exported as HTML, set
     ``plotly.io.renderers.default = "plotly_mimetype+notebook"`` first: plotly.js then goes into the notebook, once.
@@ -76,7 +77,8 @@ def plot(runs: str | Path | RunLog | Sequence[str | Path | RunLog], what: str = 
     """
     given = [runs] if isinstance(runs, str | Path | RunLog) else list(runs)
     folders = read_runs([run.path if isinstance(run, RunLog) else Path(run) for run in given])
-    overlays = {chart.id.removeprefix("all-"): chart for chart in overlay_charts(folders, POINTS)}
+    laid = [chart for figure in overlay(folders, POINTS) for chart in figure.charts]
+    overlays = {chart.id.removeprefix("all-"): chart for chart in laid}
     of_each = [{c.id.removeprefix("run-"): c for c in run_charts(run, "run", POINTS)} for run in folders]
     if what in overlays:
         return _figure([("", overlays[what])], several=len(folders) > 1)
@@ -137,7 +139,7 @@ def _figure(charts: Sequence[tuple[str, Chart]], *, several: bool) -> go.Figure:
         margin={"l": 60, "r": 20, "t": 50, "b": 50},
         hovermode="x unified",
         barmode="stack" if first.kind == "bar" else None,
-        xaxis_title="step",
+        xaxis_title=_plain(first.x_title),
         yaxis_title=_plain(first.y_title),
         yaxis_range=first.y_range,
     )
@@ -149,7 +151,7 @@ def _trace(series: Series, kind: str, name: str, colour: int, dash: int) -> Any:
     if kind == "bar":
         return go.Bar(name=_plain(name), x=series.x, y=series.y, width=series.width, marker_color=tint)
     line = {"color": tint, "width": 1.25 if series.look == "faint" else 2, "dash": _DASHES[dash % len(_DASHES)]}
-    mode = "lines+markers" if len(series.x) <= 30 else "lines"
+    mode = "markers" if kind == "scatter" else "lines+markers" if len(series.x) <= 30 else "lines"
     return go.Scatter(name=_plain(name), x=series.x, y=series.y, mode=mode, line=line)
 
 

@@ -85,8 +85,7 @@ def state_of(paths: Sequence[Path]) -> str:
     """A short word that changes whenever a file changes that the report reads."""
     seen = hashlib.sha256()
     for path in paths:
-        files = [path / name for name in ("run.yaml", "metrics.jsonl", "samples.jsonl")]
-        for file in [*files, *sorted((path / "eval").glob("*.json"))]:
+        for file in [path / "run.yaml", *sorted(path.glob("*.jsonl")), *sorted(path.glob("eval/*.json"))]:
             try:
                 found = file.stat()
                 seen.update(f"{file}\0{found.st_mtime_ns}\0{found.st_size}\0".encode(errors="replace"))
