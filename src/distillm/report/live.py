@@ -129,11 +129,9 @@ def _living(page: str, version: str) -> str:
 
     page, count = _POLICY.subn(wider, page, count=1)
     assert count == 1, "the page has a policy"
-    # Before the page's own scripts, so that these find the theme that was chosen; all text in the page is escaped.
-    place = page.find("<script", page.index("</main>"))
-    place = page.index("</body>") if place < 0 else place
+    head, end, tail = page.rpartition("</body>")
     note = f'<p class="quiet" id="live" role="status" data-version="{version}">This page follows the run.</p>\n'
-    return f"{page[:place]}{note}<script>{script}</script>\n{page[place:]}"
+    return f"{head}{note}<script>{script}</script>\n{end}{tail}"
 
 
 def _asset(name: str) -> str:
