@@ -68,7 +68,14 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
 
 def _type(annotation: Any) -> str:
     """A type in the words of YAML."""
-    names = {str: "text", int: "whole number", float: "number", bool: "true, false", type(None): "null", Any: "anything"}
+    names = {
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "true, false",
+        type(None): "null",
+        Any: "anything",
+    }
     said = list[str]()
     for part in _members(annotation):
         origin, inner = typing.get_origin(part), typing.get_args(part)

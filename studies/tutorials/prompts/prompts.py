@@ -4,16 +4,20 @@ import json
 import random
 from pathlib import Path
 
-TOOLS = """anvil, awl, axe, bellows, bench vice, bolt cutter, bread knife, broom, bucket, candle, cheese grater, chisel, clamp,
-colander, compass, corkscrew, crowbar, cutting board, drill, dustpan, file, fishing rod, flashlight, fork, frying pan, funnel,
-garden hose, garlic press, glue gun, hammer, hand saw, hoe, hourglass, ice cream scoop, iron, juicer, kettle, ladder, ladle,
-lawn mower, level, magnet, magnifying glass, mallet, measuring cup, microscope, mortar, nail, needle, nutcracker, oven, paint
-brush, peeler, pestle, pickaxe, pitchfork, plane, pliers, plough, plunger, potato masher, pulley, rake, rolling pin, rope,
-ruler, salad spinner, sandpaper, scale, scissors, screwdriver, scythe, sewing machine, shovel, sickle, sieve, sledgehammer,
-soldering iron, spade, spanner, spatula, sponge, spoon, stapler, stopwatch, tape measure, telescope, thermometer, thimble,
-timer, toaster, tongs, trowel, tweezers, vacuum cleaner, vegetable knife, watering can, wheelbarrow, whisk, wok, workbench,
-wrench"""
-QUESTIONS = ["In one sentence, what is a tool called {} used for?", "Explain to a child in one sentence what this is: {}."]
+TOOLS = """anvil, awl, axe, bellows, bench vice, bolt cutter, bread knife, broom, bucket, candle, cheese grater, chisel,
+clamp, colander, compass, corkscrew, crowbar, cutting board, drill, dustpan, file, fishing rod, flashlight,
+fork, frying pan, funnel, garden hose, garlic press, glue gun, hammer, hand saw, hoe, hourglass, ice cream
+scoop, iron, juicer, kettle, ladder, ladle, lawn mower, level, magnet, magnifying glass, mallet, measuring
+cup, microscope, mortar, nail, needle, nutcracker, oven, paint brush, peeler, pestle, pickaxe, pitchfork,
+plane, pliers, plough, plunger, potato masher, pulley, rake, rolling pin, rope, ruler, salad spinner,
+sandpaper, scale, scissors, screwdriver, scythe, sewing machine, shovel, sickle, sieve, sledgehammer,
+soldering iron, spade, spanner, spatula, sponge, spoon, stapler, stopwatch, tape measure, telescope,
+thermometer, thimble, timer, toaster, tongs, trowel, tweezers, vacuum cleaner, vegetable knife, watering can,
+wheelbarrow, whisk, wok, workbench, wrench"""
+QUESTIONS = [
+    "In one sentence, what is a tool called {} used for?",
+    "Explain to a child in one sentence what this is: {}.",
+]
 
 
 def main() -> None:
