@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from command_line import done
-from docs_pages import fences
+from docs_pages import ROOT, fences
 from tiny import CHAT_TEMPLATE, save, tiny_model, tiny_tokenizer
 from tiny_gguf import write_gguf
 from tiny_run import NUMBERS, write_rows
@@ -62,6 +62,8 @@ def make_workspace(folder: Path) -> Path:
     for name in ("samsum-t5-xl-sft", "samsum-t5-small-sft"):
         save(tiny_model("t5", layers=1, seed=5), tokenizer, folder / "runs" / name / "student")
     save(tiny_model("t5", layers=6, seed=6), tokenizer, folder / "encoder-decoder")
+    save(tiny_model("marian", layers=6, seed=7), tokenizer, folder / "Helsinki-NLP" / "opus-mt-en-fr")
+    shutil.copytree(ROOT / "studies" / "tutorials", folder / "studies" / "tutorials")
     model = tiny_model("llama", layers=1, vocab_size=308, max_position_embeddings=1024)  # a token more when it is read
     write_gguf(model, tokenizer, folder / "model.gguf")
     shutil.copy(folder / "model.gguf", folder / "mine.gguf")
@@ -71,7 +73,8 @@ def make_workspace(folder: Path) -> Path:
 
 def _write_rows(folder: Path) -> None:
     said = [(f"Say {a} {b}.", f"{a} and {b}") for a in NUMBERS[:4] for b in NUMBERS[:3]]
-    both = [{"instruction": q, "output": a, "question": q, "answer": a} for q, a in said]
+    names = ("instruction", "output"), ("question", "answer"), ("source", "target")
+    both = [dict(zip(sum(names, ()), pair * 3, strict=True)) for pair in said]
     kinds: dict[str, list[dict[str, Any]]] = {
         "train": both,
         "valid": both[:4],

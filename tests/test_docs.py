@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import runpy
@@ -71,7 +72,7 @@ def marked(page: str) -> Any:
     return pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page
 
 
-def run_here(page: str, start: str = "") -> list[str]:
+def run_here(page: str, start: str | tuple[str, ...] = "") -> list[str]:
     """The commands of a page that this file runs, of those that begin with ``start``."""
     left_out = (*NOT_RUN, *OTHERS, *PENDING, *ELSEWHERE)
     lines = [line for line in commands(page) if line.startswith(start) and not line.startswith(left_out)]
@@ -108,13 +109,18 @@ def run_command(page: str, line: str, found: dict[str, str], url: str) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
         assert done.returncode == 0, f"{page}: {line}\n{done.stderr[-3000:]}"
         return
+    if words[0] in ("eval", "generate") and "--predictions" not in words:
+        words += ["--max-new-tokens", "3", *(["--seeds", "1"] if words[0] == "eval" else [])]
+    if program == "python":
+        runpy.run_path(words[0], run_name="__main__")
+        return
     said = call(*words)
     assert said.code == 0, f"{page}: {line}\n{said.err}"
     if names := re.findall(r"\b[0-9a-f]{16}\b", said.out + said.err):  # of a kept teacher
         found["NAME"] = names[-1]
 
 
-def run_page(page: str, start: str, workspace: Path, folder: Path) -> None:
+def run_page(page: str, start: tuple[str, ...], workspace: Path, folder: Path) -> None:
     """Run those commands of a page that begin with ``start``, in its order."""
     prepare(page, workspace, folder, RUNS.get(page, []), CHANGES.get(page, {}))
     found = dict[str, str]()
@@ -125,19 +131,19 @@ def run_page(page: str, start: str, workspace: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES if run_here(page, "distillm")])
 def test_every_command_of_a_page_runs(page: str, workspace: Path, tmp_path: Path) -> None:
-    run_page(page, "distillm", workspace, tmp_path)
+    run_page(page, ("distillm", "python"), workspace, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if run_here(page, "torchrun")])
 def test_every_command_for_several_processes_runs(page: str, workspace: Path, tmp_path: Path) -> None:
-    run_page(page, "torchrun", workspace, tmp_path)
+    run_page(page, ("torchrun",), workspace, tmp_path)
 
 
 def test_every_command_is_of_a_known_program() -> None:
     for page in PAGES:
         for line in run_here(page):
-            assert line.startswith(("distillm ", "torchrun ")), f"{page}: nothing runs {line}"
+            assert line.startswith(("distillm ", "torchrun ", "python studies/")), f"{page}: nothing runs {line}"
 
 
 def test_what_is_not_run_is_shown_somewhere_and_other_tools_are_marked() -> None:
@@ -190,6 +196,32 @@ def test_the_tutorials_show_the_files_of_their_studies() -> None:
         assert shown, page
         for name, text in shown.items():
             assert (ROOT / str(name)).read_text(encoding="utf-8") == text, f"{page}: {name}"
+
+
+COLUMNS = {
+    "ROUGE-L": "rouge_l",
+    "exact match": "exact_match",
+    "divergence": "divergence",
+    "BLEU": "bleu",
+    "chrf": "chrf",
+}
+COLUMNS |= {"agreement, %": "agreement", "cut by length, %": "truncated"}
+
+
+@pytest.mark.parametrize("page", ["instruction", "translation", "prompts"])
+def test_the_figures_of_a_tutorial_are_those_of_its_runs(page: str) -> None:
+    made = json.loads((ROOT / "studies" / "tutorials" / page / "results.json").read_text(encoding="utf-8"))
+    text = (DOCS / "tutorials" / f"{page}.md").read_text(encoding="utf-8")
+    (header,) = re.findall(r"^\| student \| (.*) \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` (\w+) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) >= 4
+    for run, system, cells in rows:
+        (entry,) = [e for e in made if e["run"] == run and e["system"] == system]
+        for column, cell in zip(header.split(" | "), (c.strip() for c in cells.split("|")), strict=True):
+            if column == "minutes":
+                assert cell in ("", f"{entry['seconds'] / 60:.1f}"), (run, system, column)
+            elif cell:
+                assert cell == f"{entry['scores'][COLUMNS[column]]['mean']:.2f}", (run, system, column)
 
 
 # ------------------------------------------------------------------------------------------------------------ the site
