@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import distillm
@@ -64,7 +65,7 @@ WORDS = {
     "docs/evaluation.md": {"MODEL": "model"},
 }
 FRAGMENTS = [(page, i) for page in PAGES for i, f in enumerate(fences(page)) if f.language == "yaml" and not f.title]
-PYTHON = [page for page in PAGES if page != "README.md" and any(f.language == "python" for f in fences(page))]
+PYTHON = [page for page in PAGES if any(f.language == "python" for f in fences(page))]
 
 
 def marked(page: str) -> Any:
@@ -173,20 +174,26 @@ def test_every_piece_of_yaml_is_of_a_run(page: str, index: int, workspace: Path)
         make_run(run)
 
 
+def given_names() -> dict[str, Any]:
+    """What a piece of Python takes for given: the heads of two models at five tokens, and the tokens' weights."""
+    heads = {f"{who}_head": distillm.Head(torch.randn(5, 8), torch.randn(20, 8)) for who in ("teacher", "student")}
+    return heads | {"weights": torch.ones(5)}
+
+
 @pytest.mark.parametrize("page", PYTHON)
 def test_every_piece_of_python_runs(
     page: str, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(page, workspace, tmp_path, RUNS.get(page, []), {})
     original = distillm.load_run
-    monkeypatch.setattr(distillm, "load_run", lambda s, o=(): original(s, [*overrides(), *o]), raising=False)
+    monkeypatch.setattr(distillm, "load_run", lambda s, o=(): original(s, [*o, *overrides()]), raising=False)
     with contextlib.chdir(tmp_path):
         for number, fence in enumerate(f for f in fences(page) if f.language == "python"):
             if any(name in fence.text for name in PENDING):
                 continue
             Path(f"block{number}.py").write_text(fence.text, encoding="utf-8")
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                runpy.run_path(f"block{number}.py", run_name="__main__")
+                runpy.run_path(f"block{number}.py", init_globals=given_names(), run_name="__main__")
             assert out.getvalue() or "print(" not in fence.text
 
 
