@@ -90,11 +90,26 @@ def samples(num_samples: int, last_step: int) -> Iterator[Record]:
             }  # fmt: skip
 
 
+def tokens(num_rows: int) -> Iterator[Record]:
+    """Answers by token: the more of them the later the row, and the last but one of each is where they differ."""
+    for index in range(num_rows):
+        words = [" Cook", " it", " slowly", " with", "\n", "", "é", " salt", *[" and"] * index, "</s>"]
+        values: list[float | None] = [0.01 + 0.1 * place for place in range(len(words))]
+        values[-2] = 3.5
+        yield {
+            "id": f"test:{index}", "data": "kitchen-test", "origin": "student",
+            "prompt": f"How is {DISHES[index % 7]} made?",
+            "tokens": words, "divergence": values, "written": [[0.4, 0.25]] * len(words),
+            "choice": [" Bake", *words[1:]], "chosen": [[0.9, 0.125]] * len(words),
+        }  # fmt: skip
+
+
 def evaluation(system: str, rouge: float, divergence: float, data: str = "kitchen-test") -> Record:
     per_seed = [rouge - 0.4137, rouge, rouge + 0.4137]
     return {
         "data": data, "system": system, "model": f"models/{system}", "num_rows": 60, "seeds": [10, 20, 30],
         "decoding": {"max_new_tokens": 64, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+        "speed": {"tokens": 4000, "seconds": 10.0 if system == "student" else 32.0},
         "scores": {
             "rouge_l": {"mean": rouge, "std": 0.4137, "per_seed": per_seed},
             "exact_match": {"mean": 0.0, "std": 0.0, "per_seed": [0.0, 0.0, 0.0]},
@@ -117,6 +132,7 @@ def fabricate(folder: Path, *, num_steps: int = 120, every: int = 20, num_sample
     (folder / "run.yaml").write_text(yaml.safe_dump(CONFIG, sort_keys=False), encoding="utf-8")
     write_lines(folder / "metrics.jsonl", metrics(num_steps, every))
     write_lines(folder / "samples.jsonl", samples(num_samples, num_steps))
+    write_lines(folder / "tokens.jsonl", tokens(14))
     for system, rouge, divergence in (
         ("before", 0.0312, 7.9123), ("sft", 24.8125, 1.9375), ("student", 29.7031, 1.1094), ("teacher", 41.5625, 0.0),
     ):  # fmt: skip

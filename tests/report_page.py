@@ -63,6 +63,12 @@ class Page(HTMLParser):
         return [row[header.index(heading)] for row in rows]
 
     @property
+    def verdict(self) -> dict[str, str]:
+        found = [n for n, (tag, attrs) in enumerate(self.elements) if tag in ("dt", "dd") and "class" not in attrs]
+        texts = [self.texts[n] for n in found]
+        return dict(zip(texts[::2], texts[1::2], strict=True))
+
+    @property
     def charts(self) -> dict[str, Any]:
         return {chart["id"]: chart for chart in json.loads(self.all("script", id="charts")[0])}
 

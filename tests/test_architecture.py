@@ -57,8 +57,8 @@ LEVELS = {
     7: ["config.py", "method_settings.py", "data_settings.py", "model_settings.py", "recipes/"],
     8: ["loading.py", "assembly.py", "rows.py", "provenance.py"],
     9: ["assess.py", "caching.py", "project.py"],
-    10: ["pipeline.py", "commands.py"],
-    11: ["demo/", "sweep.py", "analyse.py", "listing.py"],
+    10: ["pipeline.py", "commands.py", "checking/"],
+    11: ["demo/", "sweep.py", "analyse.py", "listing.py", "starting.py"],
     12: ["cli/", "__main__.py"],
 }
 LEVEL_OF = {name.removesuffix("/"): level for level, names in LEVELS.items() for name in names}
@@ -71,9 +71,11 @@ KNOW_RUN = {
     "project.py",
     "pipeline.py",
     "commands.py",
+    "checking",
     "demo",
     "sweep.py",
     "analyse.py",
+    "starting.py",
     "cli",
 }
 

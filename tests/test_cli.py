@@ -65,7 +65,7 @@ def run(made: Path, trained: subprocess.CompletedProcess[str]) -> Path:
 
 def test_train_writes_a_whole_run_folder_with_the_overrides_in_it(run: Path):
     assert {p.name for p in run.iterdir()} >= {
-        *("run.yaml", "metrics.jsonl", "samples.jsonl", "eval", "checkpoints", "student", "report.html")
+        *("run.yaml", "metrics.jsonl", "samples.jsonl", "tokens.jsonl", "eval", "checkpoints", "student", "report.html")
     }
     saved = yaml.safe_load((run / "run.yaml").read_text())
     assert saved["optim"]["lr"] == 2e-3

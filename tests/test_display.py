@@ -1,11 +1,12 @@
 """What is shown while work goes on: plain lines in a file, bars on a terminal, nothing when quiet."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
 
-from distillm.display import Display, clock
+from distillm.display import BLOCKS, COURSE, Course, Display, clock
 
 
 def plain(interval: float) -> tuple[Display, io.StringIO]:
@@ -68,3 +69,41 @@ def test_notes_are_shown_as_they_are_and_quiet_shows_nothing(capsys: pytest.Capt
 )
 def test_clock_by_hand(seconds: float, text: str):
     assert clock(seconds) == text
+
+
+def test_a_course_is_drawn_in_a_few_blocks_whatever_its_length() -> None:
+    course = Course()
+    assert course.drawn(None) == ""
+    assert course.drawn(3.0) == ""
+    assert course.drawn(1.0) == BLOCKS[-1] + BLOCKS[0]
+    falling = Course()
+    for step in range(10_000):
+        drawn = falling.drawn(1 / (step + 1))
+    assert 2 < len(drawn) <= COURSE
+    assert drawn[0] == BLOCKS[-1]
+    assert drawn[-1] == BLOCKS[0]
+    assert sorted(drawn, reverse=True) == list(drawn)
+    flat = Course()
+    assert {flat.drawn(2.0) for _ in range(50)} <= {"", *(BLOCKS[0] * n for n in range(2, COURSE + 1))}
+
+
+def test_the_bar_fits_80_columns_whatever_is_said() -> None:
+    text = io.StringIO()
+    display = Display(Console(file=text, force_terminal=True, width=80, height=20))
+    with display.phase("score the student before training on a set with a long name", 4) as advance:
+        for done in range(5):
+            advance(done, "loss 2.345  1234 tok/s  dataset  p 0.1  buffer 48", 5.0 - done)
+    last = text.getvalue().rstrip("\n").split("\n")[-1]
+    assert BLOCKS[-1] in text.getvalue()
+    assert "4/4" in text.getvalue()
+    seen = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", last).strip("\r")
+    assert len(seen) <= 80
+
+
+def test_a_sample_is_one_line() -> None:
+    display, text = plain(interval=0)
+    display.sample("What does\na glassblower do, " * 9, "shapes [red]glass[/red]")
+    (line,) = text.getvalue().splitlines()
+    assert len(line) <= 80
+    assert line.startswith('  sample  "What does a glassblower')
+    assert '-> "shapes [red]glass[/red]"' in line

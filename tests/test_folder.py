@@ -21,7 +21,7 @@ def a_run(path: Path) -> RunFolder:
         (folder.checkpoints / f"step-{step:08d}" / CHECKSUMS).write_text("{}")
     folder.student.mkdir()
     (path / "distillm").mkdir()  # a tracker's
-    for name in ("run.yaml", "samples.jsonl", "responses.jsonl", "report.html", "notes.txt"):
+    for name in ("run.yaml", "samples.jsonl", "tokens.jsonl", "responses.jsonl", "report.html", "notes.txt"):
         (path / name).write_text(name)
     folder.append("metrics.jsonl", {"kind": "step", "step": 8})
     folder.write_eval("dolly-student", {"scores": {}})

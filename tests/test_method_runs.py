@@ -198,7 +198,11 @@ def test_a_sweep_makes_every_combination_once_and_ends_in_a_table(made: Path, tm
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     runs = tmp_path / "runs"
-    assert {p.name for p in runs.iterdir()} == names | {"table.md", *[p.name for p in runs.glob("responses-*")]}
+    assert {p.name for p in runs.iterdir()} == names | {
+        "table.md",
+        "report.html",
+        *[p.name for p in runs.glob("responses-*")],
+    }
     assert len(list(runs.glob("responses-*.jsonl"))) == 1
     table = (runs / "table.md").read_text(encoding="utf-8")
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["sft", "seqkd", "kd"]

@@ -55,7 +55,7 @@ def _folder(request: pytest.FixtureRequest, made: Path, tmp_path_factory: pytest
 
 def test_a_run_folder_holds_what_the_architecture_says(folder: Path):
     assert {path.name for path in folder.iterdir()} == {
-        *("run.yaml", "metrics.jsonl", "samples.jsonl", "eval", "checkpoints", "student", "report.html")
+        *("run.yaml", "metrics.jsonl", "samples.jsonl", "tokens.jsonl", "eval", "checkpoints", "student", "report.html")
     }
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.lstrip().lower().startswith("<!doctype html")

@@ -48,7 +48,7 @@ def test_is_under_5_mb_and_asks_for_nothing_outside(page: Page):
         for key, value in attrs.items()
         if key in ("src", "href", "srcset", "action", "data", "poster", "ping", "style", "background")
     ]
-    assert addresses == [("link", "href", "data:,")]
+    assert addresses == [("link", "href", "data:,"), ("a", "href", "#main")]
     (style,) = page.all("style")
     assert "url(" not in style
     assert "@import" not in style
@@ -109,6 +109,8 @@ def test_hostile_text_is_inert_and_shown(tmp_path: Path):
         run / "samples.jsonl",
         [{"step": 0, "id": evil, "prompt": evil, "reference": evil, "teacher": evil, "student": evil}],
     )
+    by_token = {"id": evil, "data": evil, "prompt": evil, "tokens": [evil, *HOSTILE], "divergence": [9.0] * 6}
+    write_lines(run / "tokens.jsonl", [by_token | {"choice": [evil] * 6, "chosen": [[1, 0.5]] * 6}])
     with (run / "metrics.jsonl").open("a") as file:
         step = {"kind": "step", "step": 31, "loss": 1.0, "terms": {evil: 0.5, "distill": 0.5}, "batch": evil}
         file.write(json.dumps(step) + "\n")
@@ -118,14 +120,16 @@ def test_hostile_text_is_inert_and_shown(tmp_path: Path):
     for runs in ([run], [run, other]):
         page = report(*runs)
         kinds = [attrs.get("type") for tag, attrs in page.elements if tag == "script"]
-        assert kinds == ["application/json", "text/plain", None]
-        assert {tag for tag, _ in page.elements}.isdisjoint({"img", "iframe", "object", "embed", "a", "b", "form"})
+        assert kinds == [None, "application/json", "text/plain"]
+        assert {tag for tag, _ in page.elements}.isdisjoint({"img", "iframe", "object", "embed", "b", "form"})
+        assert page.all("a") == ["Skip to the report"]
         assert not [key for _, attrs in page.elements for key in attrs if key.startswith("on")]
         assert "<!--" not in page.source
         names = [line["name"] for chart in page.charts.values() for line in chart["series"]]
         assert evil in names
         assert evil in page.all("dd", class_="text")
-        assert evil in page.all("p", class_="text prompt")
+        assert page.all("p", class_="text prompt").count(evil[:1500]) == 2
+        assert evil + "".join(HOSTILE) in page.all("p", class_="text tokens")
 
 
 @settings(deadline=None, max_examples=40)
@@ -204,29 +208,42 @@ def test_scores_table_has_the_numbers_of_the_files(whole: Path, page: Page):
         assert row[-2:] == ["60", "3"]
 
 
-def test_verdict_is_computed(page: Page):
-    assert page.all("p", class_="verdict") == [
-        "The student has 49.6\N{NO-BREAK SPACE}M parameters to the teacher's 135\N{NO-BREAK SPACE}M (2.7 times fewer),"
-        " its ROUGE-L on kitchen-test rose from 0.0 to 29.7,"
-        " and its divergence to the teacher fell from 7.91 to 1.11 nats a token on kitchen-test."
-    ]
+def test_verdict_is_computed(whole: Path, page: Page):
+    seconds = sum(row["seconds"] for row in records(whole / "metrics.jsonl", "step"))
+    assert page.verdict == {
+        "How close": "ROUGE-L on kitchen-test rose from 0.0 to 29.7 (the teacher's own: 41.6);"
+        " the divergence to the teacher on kitchen-test fell from 7.91 to 1.11 nats a token.",
+        "At what size": "49.6\N{NO-BREAK SPACE}M parameters to the teacher's 135\N{NO-BREAK SPACE}M, 2.7 times fewer;"
+        " it answers with 400 tokens/s; the teacher answers with 125 tokens/s.",
+        "At what cost": f"{int(seconds // 60)} min {round(seconds % 60):02d} s in 120 training steps, on cpu.",
+    }
 
 
 def test_verdict_says_when_it_became_worse(tmp_path: Path):
     run = fabricate(tmp_path / "run", num_steps=10, every=5)
     (run / "eval" / "kitchen-before.json").write_text(json.dumps(evaluation("before", 35.0, 1.1094)))
-    (verdict,) = report(run).all("p", class_="verdict")
-    assert "fell from 35.0 to 29.7" in verdict
-    assert "stayed at 1.11 nats" in verdict
+    said = report(run).verdict["How close"]
+    assert "fell from 35.0 to 29.7" in said
+    assert "stayed at 1.11 nats" in said
 
 
 def test_verdict_falls_back_on_validation(tmp_path: Path):
     run = fabricate(tmp_path / "run", num_steps=10, every=5)
     for path in (run / "eval").iterdir():
         path.unlink()
-    (verdict,) = report(run).all("p", class_="verdict")
-    assert "ROUGE-L" not in verdict
-    assert "on the validation rows fell from 7.90 to 1.03 nats a token between steps 0 and 10" in verdict
+    verdict = report(run).verdict
+    assert "ROUGE-L" not in verdict["How close"]
+    assert "on the validation rows fell from 7.90 to 1.03 nats a token between steps 0 and 10" in verdict["How close"]
+    assert "tokens/s" not in verdict["At what size"]
+
+
+def test_speed_of_both_or_of_whichever_is_known(tmp_path: Path, page: Page):
+    both = "teacher 125 tokens/s, student 400 tokens/s (3.20 times), answering test rows on this machine"
+    assert dict(page.table("The run"))["Speed"] == both
+    run = fabricate(tmp_path / "run", num_steps=10, every=5)
+    (run / "eval" / "kitchen-teacher.json").unlink()
+    one = "student 400 tokens/s, answering test rows on this machine"
+    assert dict(report(run).table("The run"))["Speed"] == one
 
 
 def test_facts_command_and_configuration(whole: Path, page: Page):
@@ -243,15 +260,27 @@ def test_facts_command_and_configuration(whole: Path, page: Page):
     assert (whole / "run.yaml").read_text() in page.all("code")
 
 
-def test_samples_stand_side_by_side(page: Page):
-    assert len(page.all("article")) == 16
+def test_samples_stand_side_by_side_at_every_recorded_step(page: Page):
+    assert len(page.all("article", class_="sample item")) == 16
     assert "4 more samples" in page.source
-    labels = [text for index, text in page.texts.items() if page.elements[index][0] == "dt"]
-    assert labels[:3] == ["Teacher", "Student before training", "Student at step 120"]
+    assert page.all("dt", class_="label")[:4] == [
+        "Teacher", "Student before training", "Student at step 60", "Student at step 120",
+    ]  # fmt: skip
     answers = page.all("dd", class_="text")
     assert answers[0].startswith("Soak for an hour, then cook lentil soup")
     assert answers[1] == "the of of and , the -"
     assert answers[2] == "Cook lentil soup slowly in a pot, then taste it."
+
+
+def test_many_steps_are_folded_away_but_for_the_first_and_the_last(tmp_path: Path):
+    run = fabricate(tmp_path / "run", num_steps=10, every=5)
+    row = next(samples(1, 10))
+    write_lines(run / "samples.jsonl", [{**row, "step": step, "student": f"answer {step}"} for step in range(8)])
+    page = report(run)
+    labels = page.all("dt", class_="label")
+    assert labels[:3] == ["Teacher", "Student before training", "Student at step 7"]
+    assert page.all("dd", class_="text")[3:] == [f"answer {step}" for step in range(1, 7)]
+    assert "The 6 answers between" in page.all("summary")
 
 
 def test_reference_stands_in_for_a_missing_teacher(tmp_path: Path):
@@ -289,8 +318,8 @@ def test_headings_language_and_labels(whole: Path, tmp_path: Path, several: bool
     assert len(ids) == len(set(ids))
     references = [attrs["aria-labelledby"] for _, attrs in page.elements if "aria-labelledby" in attrs]
     assert set(references) <= set(ids)
-    drawn = [attrs["data-chart"] for _, attrs in page.elements if "data-chart" in attrs]
-    assert sorted(map(str, drawn)) == sorted(page.charts)
+    drawn = [name for _, attrs in page.elements for name in str(attrs.get("data-charts") or "").split()]
+    assert sorted(drawn) == sorted(page.charts)
 
 
 def luminance(color: str) -> float:
@@ -310,6 +339,9 @@ def test_colours_have_contrast_in_both_themes(page: Page):
             for ground in ("paper", "raised"):
                 light, dark = sorted((luminance(theme[text]), luminance(theme[ground])), reverse=True)
                 assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground)
+        for shade in [name for name in theme if re.fullmatch(r"h\d", name)]:
+            light, dark = sorted((luminance(theme["ink"]), luminance(theme[shade])), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, shade
         for line in [name for name in theme if name.startswith("run-")]:
             light, dark = sorted((luminance(theme[line]), luminance(theme["paper"])), reverse=True)
             assert (light + 0.05) / (dark + 0.05) >= 3, line

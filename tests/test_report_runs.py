@@ -32,7 +32,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("metrics.jsonl", "No training step is recorded"),
         ("samples.jsonl", "No sample is recorded"),
         ("eval", "No evaluation is recorded"),
-        ("student", "There is no student folder yet"),
     ],
 )
 def test_missing_part_is_told(tmp_path: Path, gone: str, said: str):
@@ -44,9 +43,22 @@ def test_missing_part_is_told(tmp_path: Path, gone: str, said: str):
     assert len(page.all("h1")) == 1
 
 
+def test_a_run_that_goes_on_says_so(tmp_path: Path):
+    run = fabricate(tmp_path / "run", num_steps=10, every=5)
+    (run / "student").rmdir()
+    assert report(run).all("p", class_="status") == [
+        "This run is still going on, or was killed: it has made 10 of 120 steps so far."
+    ]
+    (run / "metrics.jsonl").unlink()
+    page = report(run)
+    assert page.all("p", class_="status") == []
+    assert "There is no student folder: the run was stopped before its end" in page.all("aside")[0]
+
+
 def test_whole_run_misses_nothing(whole: Path):
     assert read_run(whole).notes == []
     assert report(whole).all("aside") == []
+    assert report(whole).all("p", class_="status") == []
 
 
 def test_only_a_configuration(tmp_path: Path):
@@ -55,7 +67,7 @@ def test_only_a_configuration(tmp_path: Path):
     (run / "run.yaml").write_text("method: {name: kd}\n")
     page = report(run)
     assert page.all("h1") == ["young"]
-    assert page.all("p", class_="verdict") == []
+    assert page.verdict == {}
     assert page.charts == {}
     assert page.all("script", id="plotly") == []
 
@@ -109,7 +121,7 @@ def test_interruption_is_told_until_the_run_goes_on(tmp_path: Path):
         file.write('{"kind": "event", "step": 10, "event": "interrupted", "message": "Ctrl-C"}\n')
     page = report(run)
     assert "interrupted at step 10" in page.all("aside")[0]
-    assert page.all("p", class_="verdict")[0].startswith("So far, after step 10: the student has")
+    assert "in 10 training steps so far" in page.verdict["At what cost"]
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "event", "step": 10, "event": "resumed", "message": ""}\n')
     assert read_run(run).notes == []

@@ -247,8 +247,8 @@ class Pressing(Heard):
     def phase(self, name: str, total: int, done: int = 0) -> Generator[Advance]:
         with super().phase(name, total, done) as advance:
 
-            def advancing(done: int, info: str = "") -> None:
-                advance(done, info)
+            def advancing(done: int, *said: Any) -> None:
+                advance(done, *said)
                 if name.startswith(self.wanted) and done == self.at:
                     for _ in range(self.times):
                         signal.raise_signal(signal.SIGINT)

@@ -310,7 +310,8 @@ def test_a_server_is_asked_about_each_row_once(made: Path, tmp_path: Path) -> No
     with serving(scorer(made)) as server:
         distill(make_run(run_settings(made, tmp_path / "run", server.url, **changes)))
         asked = [json.dumps(body["prompt"]) for body in server.asked]
-    assert len(asked) == len(set(asked)) == 1 + 12 + 4 + 3  # the first question, and every row
+    # The first question, every row, and the student's answers to the last three.
+    assert len(asked) == len(set(asked)) == 1 + 12 + 4 + 3 + 3
 
 
 @pytest.mark.parametrize(

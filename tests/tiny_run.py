@@ -129,6 +129,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
     """Both runs made the same steps, validations, samples, scores and students; no scratch is left in ``folder``."""
     assert figures(folder) == figures(other)
     assert lines(folder / "samples.jsonl") == lines(other / "samples.jsonl")
+    assert _text(folder / "tokens.jsonl") == _text(other / "tokens.jsonl")
     assert same_weights(weights(folder), weights(other))
     mine, theirs = scores(folder), scores(other)
     assert mine.keys() == theirs.keys()
@@ -136,6 +137,11 @@ def assert_same_run(folder: Path, other: Path) -> None:
         assert mine[name] | {"model": ""} == theirs[name] | {"model": ""}
     assert _contents(folder / "checkpoints") == _contents(other / "checkpoints")
     assert not list(folder.rglob(".*"))
+
+
+def _text(path: Path) -> str | None:
+    """What a file holds that not every run has."""
+    return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

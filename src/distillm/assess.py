@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
@@ -13,6 +13,7 @@ from .errors import TrainingError
 from .evaluation import Result, evaluate, summary
 from .evaluation.fidelity import fidelity
 from .evaluation.run import decode
+from .evaluation.tokens import token_rows
 from .generation import generate
 from .loading import Models
 from .readers import LocalTeacher
@@ -91,7 +92,27 @@ def _reads_as(models: Models, model: PreTrainedModel) -> Literal["student", "tea
 
 def answers(run: Run, models: Models, model: PreTrainedModel, examples: Sequence[Example]) -> list[str]:
     """Responses with the decoding of the final test, so that what selects is what is scored."""
-    written = generate(
+    return decode(models.tokenizer, _written(run, models, model, examples, run.generation.batch_size))
+
+
+def by_token(run: Run, models: Models, rows: Sequence[tuple[str, Example, str]]) -> list[dict[str, Any]]:
+    """What the student answers to ``rows`` with the first decoding seed, and how far it is from its teacher at each
+    token: the records of ``tokens.jsonl``, see docs/architecture.md.
+
+    A row is the name of its data set, its example and its prompt as the user wrote it. The teacher reads the answers.
+    """
+    written = _written(run, models, models.student, [example for _, example, _ in rows], run.evaluation.batch_size)
+    found = token_rows(models.pair, models.tokenizer, written, batch_size=run.train.micro_batch_size)
+    return [
+        {"id": record["id"], "data": rows[number][0], "prompt": rows[number][2], **record}
+        for number, record in found.items()
+    ]
+
+
+def _written(
+    run: Run, models: Models, model: PreTrainedModel, examples: Sequence[Example], batch_size: int
+) -> list[Example]:
+    return generate(
         model,
         examples,
         make_sampling(run, run.evaluation.temperature),
@@ -99,7 +120,6 @@ def answers(run: Run, models: Models, model: PreTrainedModel, examples: Sequence
         end_ids=models.end_ids,
         num_tokens=models.pair.num_tokens,
         seed=run.evaluation.seeds[0],
-        batch_size=run.generation.batch_size,
+        batch_size=batch_size,
         origin=_reads_as(models, model),
     )
-    return decode(models.tokenizer, written)

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
@@ -56,17 +56,11 @@ def make_cache(
                 f"teacher.cache={given.cache} has no effect: this teacher's logits are formed whole, too large to keep"
             )
         return None
-    again = method.reads_teacher and not _on_policy(run) and steps * run.train.batch_size > len(train)
-    row_bytes = _width(models) * getattr(torch, given.dtype).itemsize
-    # Test rows are read before training and after it, and not kept: `eval`, which has no cache, reads them in batches
-    # and gives the very scores of the run. A server's answers have no such last bits, and cost more.
-    asked = tests if isinstance(teacher, ServedTeacher) else []
-    lasting = row_bytes * _tokens([*validation, *asked, *(train if again else [])])
-    replayed = row_bytes * _replayed_tokens(run) if method.reads_teacher else 0
+    need = states_needed(run, models, method, train=train, validation=validation, tests=tests, steps=steps)
     memory = int(MEMORY_SHARE * psutil.virtual_memory().available)
-    kind, room = given.cache, f"{size(lasting + replayed)} of hidden states at most"
+    kind, room = given.cache, f"{size(need.lasting + need.replayed)} of hidden states at most"
     if kind == "auto":
-        kind = _choice(given, lasting, replayed, memory)
+        kind = cache_kind(given, need)
         where = {
             "memory": "in memory",
             "disk": f"in {given.folder}",
@@ -76,7 +70,8 @@ def make_cache(
         if kind == "off":
             return None
     # Chosen by auto, states are for this run; whoever asks for a place by name may mean another run.
-    once = [*([] if asked else tests), *(train if kind == "memory" and not again else [])]
+    once = [*([] if isinstance(teacher, ServedTeacher) else tests)]
+    once += train if kind == "memory" and not need.again else []
     passing = once if given.cache == "auto" else []
     store, name = Memory(memory), "of this run"
     if kind == "disk":
@@ -88,10 +83,40 @@ def make_cache(
         name,
         store,
         # Twice what a buffer of the longest responses takes: states of responses that have left it are of no use.
-        Memory(min(memory, 2 * replayed)) if replayed else None,
+        Memory(min(memory, 2 * need.replayed)) if need.replayed else None,
         given.cache_batch_size or _portion(models),
         frozenset(example.id for example in passing),
     )
+
+
+class Need(NamedTuple):
+    """Bytes of a teacher's states that a run reads more than once, of rows that last and of a buffer's responses; and
+    whether the training rows are among them."""
+
+    lasting: int
+    replayed: int
+    again: bool
+
+
+def states_needed(
+    run: Run,
+    models: Models,
+    method: Method,
+    *,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    tests: Sequence[Example],
+    steps: int,
+) -> Need:
+    """What keeping the teacher's states would take at most in a run of ``steps`` steps."""
+    assert run.teacher is not None
+    again = method.reads_teacher and not on_policy(run) and steps * run.train.batch_size > len(train)
+    row_bytes = _width(models) * getattr(torch, run.teacher.dtype).itemsize
+    # Test rows are read before training and after it, and not kept: `eval`, which has no cache, reads them in batches
+    # and gives the very scores of the run. A server's answers have no such last bits, and cost more.
+    asked = tests if isinstance(models.pair.teacher, ServedTeacher) else []
+    lasting = row_bytes * _tokens([*validation, *asked, *(train if again else [])])
+    return Need(lasting, row_bytes * _replayed_tokens(run) if method.reads_teacher else 0, again)
 
 
 def _portion(models: Models) -> int:
@@ -150,17 +175,21 @@ def teacher_name(models: Models, given: Teacher) -> str:
     return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
 
 
-def _choice(given: Teacher, lasting: int, replayed: int, memory: int) -> Literal["memory", "disk", "off"]:
-    if lasting + replayed <= memory:
+def cache_kind(given: Teacher, need: Need) -> Literal["memory", "disk", "off"]:
+    """Where states are kept: where it was asked for, or where there is room for them."""
+    if given.cache != "auto":
+        return given.cache
+    if need.lasting + need.replayed <= MEMORY_SHARE * psutil.virtual_memory().available:
         return "memory"
     folder = given.folder
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    if lasting <= min(given.cache_gib * 2**30, shutil.disk_usage(there).free / 2):
+    if need.lasting <= min(given.cache_gib * 2**30, shutil.disk_usage(there).free / 2):
         return "disk"
     return "off"
 
 
-def _on_policy(run: Run) -> bool:
+def on_policy(run: Run) -> bool:
+    """Whether the method never trains on the data's own responses."""
     return isinstance(run.method, MiniLlm | Distillm2) or (
         isinstance(run.method, Distillation) and run.method.sampling == "on_policy"
     )

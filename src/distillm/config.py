@@ -155,6 +155,8 @@ class Evaluation(Section):
     """What answers are scored by, see docs/evaluation.md; the task's own unless set (rouge_l and exact_match)."""
     compare: list[Literal["before", "teacher"]] = ["before", "teacher"]
     """What is scored besides: the student as it was before training, and the teacher."""
+    token_rows: NonNegativeInt = 32
+    """Test rows whose answers the teacher reads token by token, for the report; 0 for none."""
 
 
 class Checkpoint(Section):

@@ -12,6 +12,9 @@ from .method_settings import NonNegativeFloat, Number, PositiveFloat, PositiveIn
 from .paths import FILE_NAME, is_file
 from .tasks import TaskSpec, is_jinja, load_task, near
 
+HELD_OUT = "held_out"
+"""The test set that is held out of the training rows."""
+
 
 class Source(Section):
     """Rows by what holds them and, where that has several parts, which one."""
@@ -89,6 +92,8 @@ class Data(Section):
     """How many rows validation uses at most."""
     test: dict[str, str | Source] = {}
     """Rows scored at the end, by a name of your choice: {dolly: data/dolly/test.jsonl, other: {path: p, split: s}}."""
+    test_size: PositiveInt | None = None
+    """Hold so many rows of `train` out (a fifth at most), and score them at the end as the test set held_out."""
     limit: PositiveInt | None = None
     """Use only the first rows of `train`."""
     task: str = ""
@@ -153,6 +158,8 @@ class Data(Section):
             allowed = [*spec.variables]
             said = f"its variables are {', '.join(allowed)}" if allowed else "it has none"
             raise ValueError(f"variables: {unknown[0]} is not one of the task; {said}{near(unknown[0], allowed)}")
+        if self.test_size is not None and HELD_OUT in self.test:
+            raise ValueError(f"test: {HELD_OUT} is the name of what test_size holds out; choose another")
         for name in self.test:
             if not re.fullmatch(FILE_NAME, name):
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from .errors import ConfigError, StorageError
 from .paths import is_dir, is_file
 from .processes import by_first, first_alone
 from .writing import write_text
+
+TOKENS = "tokens.jsonl"
 
 
 class RunFolder:
@@ -77,7 +79,7 @@ class RunFolder:
                 shutil.rmtree(path)
             for name in ("eval", "student", "distillm"):  # distillm: what a tracker wrote
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            for name in ("samples.jsonl", "responses.jsonl", "report.html", "metrics.jsonl", "run.yaml"):
+            for name in ("samples.jsonl", TOKENS, "responses.jsonl", "report.html", "metrics.jsonl", "run.yaml"):
                 (self.path / name).unlink(missing_ok=True)
             (self.path / "eval").mkdir()
 
@@ -127,13 +129,28 @@ class RunFolder:
 
     @first_alone
     def forget_eval(self, *, data: str = "", system: str = "") -> None:
-        """Drop the scores on ``data``, or of ``system``, because they are about to change; all without either."""
+        """Drop the scores on ``data``, or of ``system``, because they are about to change; all without either.
+
+        With scores of the student goes what was found of its answers token by token.
+        """
+        if system in ("", "student") and is_file(self.path / TOKENS):
+            with _changing(self.path / TOKENS):
+                (self.path / TOKENS).unlink()
         for path in (self.path / "eval").glob("*.json"):
             # Exactly: the name of another data set may begin with this one's.
             of_data, _, of_system = path.stem.rpartition("-")
             if data in ("", of_data) and system in ("", of_system):
                 with _changing(path):
                     path.unlink()
+
+    @first_alone
+    def write_tokens(self, records: Sequence[dict[str, Any]]) -> None:
+        """Write ``tokens.jsonl``: one of ``records`` a line."""
+        write_text(self.path / TOKENS, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records))
+
+    def has_tokens(self) -> bool:
+        """Whether ``tokens.jsonl`` is there already, for all processes alike."""
+        return by_first(lambda: is_file(self.path / TOKENS))
 
     def has_eval(self, name: str) -> bool:
         """Whether ``eval/NAME.json`` is there already and can be read, for all processes alike."""

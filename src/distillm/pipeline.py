@@ -14,14 +14,15 @@ from transformers import PreTrainedModel
 
 from .accounting import account_for, kept_by, part, peak_bytes, peak_rate, settle, taken
 from .assembly import make_accelerator, make_sampling
-from .assess import answers, assess
+from .assess import answers, assess, by_token
 from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of
 from .config import Run, as_yaml, changed, read_yaml
 from .display import Display
 from .errors import ConfigError, Interrupted, ProcessError, StorageError, Terminated, TrainingError
 from .evaluation.run import decode, seeds_used
 from .folder import RunFolder
-from .processes import anyone, by_first, count, first_alone, out_of_touch, writes
+from .kept_teacher import KeptTeacher
+from .processes import anyone, by_first, count, dealt, first_alone, out_of_touch, writes
 from .project import Project, Stop, build, save_student, training, unless_stopped, validated
 from .provenance import provenance
 from .report import write_report
@@ -145,7 +146,7 @@ def _train(project: Project) -> None:
         for step in training(project):
             _log_step(project, step)
             settle()
-            advance(step.step, _words(step))
+            advance(step.step, _words(step), None if step.skipped else step.loss)
             due = step.step == total or step.step % project.every == 0
             if due:
                 _validation(project)
@@ -216,7 +217,7 @@ def _validation(project: Project) -> None:
     run, state = project.run, project.state
     figures = validated(project)
     project.folder.append(METRICS, {"kind": "validation", "step": state.step, **figures})
-    _samples(project)
+    written = _samples(project)
     value = -figures["rouge_l"] if run.validation.select == "rouge_l" else figures[run.validation.select]
     if state.step == 0:
         project.first = value
@@ -228,13 +229,16 @@ def _validation(project: Project) -> None:
         project.accelerator.log({f"validation/{k}": v for k, v in figures.items()}, step=state.step)
     shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items() if name != "monitored")
     project.display.note(f"validation after step {state.step}: {shown}")
+    if written:  # another one each time
+        project.display.sample(*written[(len(state.validation) - 1) % len(written)])
 
 
 @part("validation", whole=True)
-def _samples(project: Project) -> None:
+def _samples(project: Project) -> list[tuple[str, str]]:
+    """Let the student answer the sample prompts; each with its answer."""
     rows = project.validation.examples[: project.run.validation.samples]
     if not rows:
-        return
+        return []
     models, tokenizer = project.models, project.models.tokenizer
     if models.teacher is not None and not project.teacher_texts:
         written = [e for e in rows if e.origin == "teacher"]
@@ -244,7 +248,8 @@ def _samples(project: Project) -> None:
             else answers(project.run, models, models.teacher, rows)
         )
         project.teacher_texts = dict(zip((e.id for e in rows), texts, strict=True))
-    for example, text in zip(rows, answers(project.run, models, models.student, rows), strict=True):
+    texts = answers(project.run, models, models.student, rows)
+    for example, text in zip(rows, texts, strict=True):
         entry = {
             "step": project.state.step,
             "id": example.id,
@@ -254,6 +259,7 @@ def _samples(project: Project) -> None:
             "student": text,
         }
         project.folder.append(SAMPLED, entry)
+    return [(project.validation.prompts[e.id], text) for e, text in zip(rows, texts, strict=True)]
 
 
 def _save(project: Project) -> None:
@@ -360,6 +366,7 @@ def _finish(project: Project) -> None:
     with part("saving"):
         save_student(project.run, models, folder.student)
     _score_tests(project, models.student, "student")
+    _score_tokens(project)
     if "teacher" in project.run.evaluation.compare:
         if models.teacher is not None:
             _score_tests(project, models.teacher, "teacher")
@@ -391,6 +398,22 @@ def _score_tests(project: Project, model: PreTrainedModel, system: str) -> None:
                 progress=lambda done, _, checked=checked: checked(done),
             )
         project.folder.write_eval(file, {"data": name, "system": system, "model": origin} | result)
+
+
+def _score_tokens(project: Project) -> None:
+    """Answers to the first test rows of each set in turn, or to validation rows where there are none, by token."""
+    run, models, folder = project.run, project.models, project.folder
+    if not run.evaluation.token_rows or models.pair.teacher is None or folder.has_tokens():
+        return
+    if isinstance(models.pair.teacher, KeptTeacher):
+        project.display.note(
+            "the student's answers are not compared token by token: the teacher is not here to read them"
+        )
+        return
+    sets = project.tests or {"validation": project.validation}
+    rows = dealt([[(name, e, of.prompts[e.id]) for e in of.examples] for name, of in sets.items()])
+    with part("scoring", whole=True):
+        folder.write_tokens(by_token(run, models, rows[: run.evaluation.token_rows]))
 
 
 def _event(project: Project, event: str, message: str, **more: Any) -> None:

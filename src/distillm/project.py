@@ -93,7 +93,7 @@ def build(
         stop or Stop(),
         folder or RunFolder(Path(run.output)),
     )
-    server = _server(run, display.note)
+    server = responses_server(run, display.note)
     accelerator = accelerator or assembly.make_accelerator(run)
     with part("data"):
         read = read_data(run)
@@ -101,12 +101,11 @@ def build(
         models = load_models(run, accelerator, display.note)
     with part("data"):
         rows = load_rows(run, read, models, display.note)
-    steps = _total_steps(run, rows.train)
+    steps = total_steps(run, rows.train)
     folder.clear()
     if run.tracker != "none":
         accelerator.init_trackers("distillm", config={"run": as_yaml(run)})
-    completions = None if server is None else _completions(run, models, server)
-    responses = _responses(run, models, completions, folder, display, stop)
+    responses = teacher_responses(run, models, server, folder, display, stop)
     # SeqKD trains on the teacher's responses, and is measured like every other method on the data's own.
     absent = "missing" if run.teacher_writes else "none"
     train = answered(rows.train, models, responses, by_teacher="all" if run.teacher_writes else "none")
@@ -152,7 +151,12 @@ def build(
     )
 
 
-def _total_steps(run: Run, train: Rows) -> int:
+def total_steps(run: Run, train: Rows) -> int:
+    """The optimizer steps of a run over ``train``.
+
+    Raises:
+        ConfigError: the learning rate would never reach its peak.
+    """
     epochs, warmup = run.train.epochs or 1, run.optim.warmup_steps
     total = run.train.steps or epochs * steps_per_epoch(len(train.examples), run.train.batch_size)
     if warmup >= total:
@@ -253,14 +257,11 @@ def save_student(run: Run, models: Models, target: Path) -> None:
     by_first(write)
 
 
-def _responses(
-    run: Run,
-    models: Models,
-    server: Completions | None,
-    folder: RunFolder,
-    display: Display,
-    stop: Stop,
+def teacher_responses(
+    run: Run, models: Models, server: Server | None, folder: RunFolder, display: Display, stop: Stop
 ) -> Responses:
+    """Whoever answers prompts as the run's teacher: the model here, or ``server``. What was answered is on file."""
+    completions = None if server is None else _completions(run, models, server)
     sampling = assembly.make_sampling(run, run.data.responses_temperature)
     path = Path(run.data.responses_file) if run.data.responses_file else folder.path / "responses.jsonl"
     served = run.data.responses_server
@@ -268,8 +269,8 @@ def _responses(
     def write(prompts: Sequence[Example], keep: Callable[[list[Example]], None]) -> list[Example]:
         with display.phase("teacher's responses", len(prompts)) as advance:
             progress = unless_stopped(stop, advance)
-            if server is not None:
-                ask = partial(server, prompts, sampling, seed=run.seed, progress=progress, keep=keep)
+            if completions is not None:
+                ask = partial(completions, prompts, sampling, seed=run.seed, progress=progress, keep=keep)
                 return by_first(ask)
             assert models.teacher is not None
             return generate(
@@ -302,7 +303,7 @@ def _responses(
     )
 
 
-def _server(run: Run, note: Callable[[str], None]) -> Server | None:
+def responses_server(run: Run, note: Callable[[str], None]) -> Server | None:
     """The server that writes the teacher's responses, if there is one; what is wrong with it is said before any work.
 
     Raises:

@@ -7,8 +7,8 @@ from typing import Any, Literal, cast
 
 from . import sources
 from .config import Run
-from .data import Task, all_texts, known_rows, located, read_rows, text_examples
-from .data_settings import Data, Source, part
+from .data import LengthReport, Task, all_texts, known_rows, located, read_rows, text_examples
+from .data_settings import HELD_OUT, Data, Source, part
 from .errors import ConfigError, DataError, first_of
 from .loading import Models, Note
 from .paths import home, is_dir
@@ -20,11 +20,15 @@ from .vocabulary import turn_end
 
 @dataclass
 class Rows:
-    """The rows of one purpose: tokenised, and by row id their references and what the user wrote."""
+    """The rows of one purpose: tokenised, and by row id their references and what the user wrote.
+
+    ``lengths`` says what the length limits did to the rows of their file, where they come from one.
+    """
 
     examples: list[Example]
     references: dict[str, list[str]]
     prompts: dict[str, str]
+    lengths: LengthReport | None = None
 
 
 @dataclass
@@ -110,13 +114,16 @@ def load_rows(run: Run, read: Read, models: Models, note: Note) -> RowSets:
 
     asked = data.responses == "teacher"
     train = rows(data.train, "train", data.limit, asked=asked)
+    # Test rows keep their own responses, where the file has any.
+    tests = {name: rows(given, "test", run.evaluation.limit) for name, given in data.test.items()}
+    if data.test_size is not None:
+        train, tests[HELD_OUT] = _held_out(run, train, data.test_size, "test")
+        note(f"{len(tests[HELD_OUT].examples)} rows of {data.train} are held out as the test set {HELD_OUT}")
     if data.validation is not None:
         validation = rows(data.validation, "validation", data.validation_size, asked=asked)
     else:
-        train, validation = _held_out(run, train)
+        train, validation = _held_out(run, train, data.validation_size)
         note(f"{len(validation.examples)} rows of {data.train} are held out for validation")
-    # Test rows keep their own responses, where the file has any.
-    tests = {name: rows(given, "test", run.evaluation.limit) for name, given in data.test.items()}
     for found in (train, validation, *tests.values()):
         check_room(models, found.examples, run.generation.max_new_tokens)
     text: list[Example] = []
@@ -128,11 +135,13 @@ def load_rows(run: Run, read: Read, models: Models, note: Note) -> RowSets:
     return RowSets(train, validation, tests, text)
 
 
-def _held_out(run: Run, train: Rows) -> tuple[Rows, Rows]:
-    count = min(run.data.validation_size, len(train.examples) // 5)
+def _held_out(run: Run, train: Rows, most: int, purpose: Purpose = "validation") -> tuple[Rows, Rows]:
+    """``train`` without some of its rows, ``most`` and a fifth at most, and these; others for every ``purpose``."""
+    count = min(most, len(train.examples) // 5)
     if not count:
-        raise DataError(f"{run.data.train} has too few rows to hold some out; give data.validation")
-    order = sources.keyed(run.seed, "holdout").sample(train.examples, len(train.examples))
+        raise DataError(f"{run.data.train} has too few rows to hold some out; give data.{purpose}")
+    key = ("holdout",) if purpose == "validation" else ("holdout", purpose)
+    order = sources.keyed(run.seed, *key).sample(train.examples, len(train.examples))
     kept = {example.id for example in order[count:]}
     return replace(train, examples=[e for e in train.examples if e.id in kept]), replace(train, examples=order[:count])
 
@@ -216,7 +225,7 @@ def tokenised(
     prompts = {
         e.id: written[e.id] or cast(str, decode(last_turn(e).prompt, skip_special_tokens=True)) for e in examples
     }
-    return Rows(examples, references, prompts)
+    return Rows(examples, references, prompts, report)
 
 
 def _for_teacher(
@@ -265,4 +274,5 @@ def answered(
     written = {e.id: e for e in responses(wanted)}
     texts = models.tokenizer.batch_decode([e.response for e in written.values()], skip_special_tokens=True)
     references = {row: [text.strip()] for row, text in zip(written, texts, strict=True)}
-    return Rows([written.get(e.id, e) for e in rows.examples], rows.references | references, rows.prompts)
+    found = [written.get(e.id, e) for e in rows.examples]
+    return replace(rows, examples=found, references=rows.references | references)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,10 +12,12 @@ from ..errors import DistillmError, StorageError
 from ..listing import datasets
 from ..screen import on_screen
 from .cache import cache_app
+from .check import check
 from .judge import judge
 from .make import recipes_app, schema, shrink, tokenizer
 from .score import evaluate_command, generate
 from .show import analyse, compare, report
+from .start import init, next_steps
 from .train import demo, sweep, train
 
 EXIT_CODES = """
@@ -27,13 +30,14 @@ app = typer.Typer(
     name="distillm",
     help="Distil a large language model into a small one.",
     epilog=EXIT_CODES,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,
     rich_markup_mode=None,
 )
 
 # Every command, in the order of the help. A new one: write it in the file of its topic, or in a file of its own.
+app.command("init")(init)
+app.command("check")(check)
 app.command("train")(train)
 app.command("sweep")(sweep)
 app.command("eval")(evaluate_command)
@@ -57,13 +61,15 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(on_screen(next_steps(Path.cwd())))
 
 
 def main() -> None:

@@ -9,13 +9,22 @@ import typer
 from ..config import load_run
 from ..errors import TrainingError
 from ..paths import is_file
+from . import complete
 from .common import plain_console, show_comparison
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted name.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted name.", autocompletion=complete.settings),
+]
 
 
 def train(
-    source: Annotated[str, typer.Argument(metavar="YAML|RECIPE|RUN", help="A YAML file, a recipe, or a run folder.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="YAML|RECIPE|RUN", help="A YAML file, a recipe, or a run folder.", autocompletion=complete.sources
+        ),
+    ],
     overrides: Overrides = None,
 ) -> None:
     """Distil: train a student, score it, and write the run folder with its report.
@@ -48,14 +57,19 @@ def train(
 
 
 def sweep(
-    source: Annotated[str, typer.Argument(metavar="YAML|RECIPE", help="What the runs share.")],
+    source: Annotated[
+        str, typer.Argument(metavar="YAML|RECIPE", help="What the runs share.", autocompletion=complete.sources)
+    ],
     overrides: Annotated[
-        list[str], typer.Argument(metavar="KEY=VALUE[,VALUE]...", help="Settings, with all their values.")
+        list[str],
+        typer.Argument(
+            metavar="KEY=VALUE[,VALUE]...", help="Settings, with all their values.", autocompletion=complete.settings
+        ),
     ],
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which runs there would be.")] = False,
 ) -> None:
-    """Make every combination of settings, and end in one table with mean and spread over seeds.
+    """Make every combination of settings, and end in one table with mean and spread over seeds, and one report.
 
     \b
     distillm sweep run.yaml method.name=sft,kd,gkd,distillm seed=1,2,3 output=runs/methods
@@ -70,12 +84,14 @@ def sweep(
         typer.echo("\n".join(cell.run.output for cell in cells))
         return
     from ..display import Display
+    from ..report import write_report
 
     finished, failed = run_sweep(cells, Display(), jobs)
     folder = Path(cells[0].run.output).parent
     if finished:
         plain_console().print(write_table(finished, folder))
-        typer.echo(f"table: {folder / 'table.md'}")
+        report = write_report([Path(cell.run.output) for cell in finished], folder / "report.html")
+        typer.echo(f"table:  {folder / 'table.md'}\nreport: {report}")
     if failed:
         said = "\n".join(f"  {Path(name).name}: {text.splitlines()[0]}" for name, text in failed.items())
         raise TrainingError(f"{len(failed)} of {len(cells)} runs failed:\n{said}")

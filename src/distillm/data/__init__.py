@@ -5,7 +5,7 @@ from .known import known_rows, located
 from .read import read_rows
 from .task import LengthReport, Task
 from .text import all_texts, text_examples
-from .tokenize import encode_prompts, encode_responses
+from .tokenize import encode_prompts, encode_responses, pieces
 
 __all__ = [
     "LengthReport",
@@ -17,6 +17,7 @@ __all__ = [
     "known_rows",
     "lay_out_prompts",
     "located",
+    "pieces",
     "read_rows",
     "text_examples",
 ]

@@ -66,3 +66,15 @@ def around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
         return [i for i in whole[:1] if i == tokenizer.bos_token_id], []
     start = next(i for i in range(len(whole)) if whole[i : i + len(body)] == body)
     return whole[:start], whole[start + len(body) :]
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text that each of ``ids`` adds to those before it; "" for all but the last of the tokens of one character."""
+    found: list[str] = []
+    said = ""
+    for end in range(1, len(ids) + 1):
+        whole = str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
+        broken = whole.endswith("\ufffd") and end < len(ids)  # bytes of a character that is not complete yet
+        found.append("" if broken else whole[len(said) :])
+        said = said if broken else whole
+    return found

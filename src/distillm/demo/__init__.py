@@ -126,7 +126,7 @@ def _settings(output: Path, teacher: Path, quick: bool) -> dict[str, Any]:
     settings["output"] = str(output / "probe")
     if quick:
         settings["generation"]["max_new_tokens"] = 24
-        settings["validation"]["samples"] = 0
+        settings["validation"]["samples"] = 3
         settings["train"] |= {"batch_size": 4, "micro_batch_size": 4}
     return settings
 

@@ -42,14 +42,14 @@ def fidelity(
         for part in pair.in_step(micro_batches(mine, batch_size, pair.device)):
             scored = pair.score(part, State(), with_teacher=pair.teacher is not None)
             count += len(scored.labels)
-            for rows in _blocks(scored.student):
-                q, labels = _log_probs(scored.student, rows), scored.labels[rows]
+            for rows in blocks(scored.student):
+                q, labels = log_probs(scored.student, rows), scored.labels[rows]
                 sums["cross_entropy"] -= _sum(q.gather(-1, labels[:, None]))
                 top, likeliest = q.max(-1)
                 bins += _binned(top.exp(), likeliest == labels)
                 if scored.teacher is not None:
-                    p = _log_probs(scored.teacher, rows)
-                    sums["divergence"] += _sum(_known_part(DIVERGENCES[divergence], scored.teacher)(p, q))
+                    p = log_probs(scored.teacher, rows)
+                    sums["divergence"] += _sum(known_part(divergence, scored.teacher)(p, q))
                     sums["agreement"] += 100 * _sum(p.argmax(-1) == likeliest)
     told = together(lambda: (count, sums, bins))
     count = sum(each[0] for each in told)
@@ -78,17 +78,20 @@ def _binned(confidence: Tensor, right: Tensor) -> Tensor:
     return bins.index_add_(1, place, columns).cpu()
 
 
-def _known_part(divergence: Divergence, teacher: Head) -> Divergence:
-    """``divergence``, with all that a teacher does not list in one bucket."""
+def known_part(name: str, teacher: Head) -> Divergence:
+    """The divergence called ``name``, with all that ``teacher`` does not list in one bucket."""
+    divergence = DIVERGENCES[name]
     return divergence if teacher.listed is None else Bucketed(divergence, teacher.hidden.shape[1] // 2)
 
 
-def _blocks(head: Head) -> Iterator[slice]:
+def blocks(head: Head) -> Iterator[slice]:
+    """The rows of ``head`` in parts whose logits are ``BLOCK_ELEMENTS`` at most."""
     size = max(1, BLOCK_ELEMENTS // head.num_tokens)
     return (slice(first, first + size) for first in range(0, len(head.hidden), size))
 
 
-def _log_probs(head: Head, rows: slice) -> Tensor:
+def log_probs(head: Head, rows: slice) -> Tensor:
+    """``[n, V]`` of some rows of ``head``."""
     return logits(head._replace(hidden=head.hidden[rows])).log_softmax(-1)
 
 

@@ -3,12 +3,12 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .read import Record, RunFolder, mapping, number_in
-from .text import number
+from .text import number, score_name
 
 ORIGINS = ("dataset", "generated", "replayed")
 MAX_BINS = 40
@@ -39,6 +39,17 @@ class Chart:
     kind: str = "line"
     y_range: tuple[float, float] | None = None
     marks: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
+    x_title: str = "step"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Charts over one another on one x axis. ``legend``: names and looks that all of them share, told once beside."""
+
+    id: str
+    title: str
+    charts: list[Chart]
+    legend: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
 
 @dataclass(frozen=True)
@@ -66,21 +77,60 @@ def run_charts(run: RunFolder, prefix: str, max_points: int) -> list[Chart]:
     return [replace(chart, summary=chart.summary[:1].upper() + chart.summary[1:]) for chart in kept]
 
 
-def overlay_charts(runs: Sequence[RunFolder], max_points: int) -> list[Chart]:
-    """The validation curves of several runs over one another."""
-    charts: list[Chart] = []
+def overlay(runs: Sequence[RunFolder], max_points: int) -> list[Figure]:
+    """Several runs over one another as validated, and their students' quality against training time and size."""
+    legend = [(run.name, f"run-{index}") for index, run in enumerate(runs)]
+    curves: list[Chart] = []
     for key, title, unit in (
         ("divergence", "Validation divergence to the teacher", "nats/token"),
         ("cross_entropy", "Validation cross-entropy", "nats/token"),
         ("rouge_l", "Validation ROUGE-L", "ROUGE-L"),
     ):
-        curves = [(run.name, _points(run.validations, key)) for run in runs]
+        found = [(run.name, _points(run.validations, key)) for run in runs]
         series = [
-            _line(name, f"run-{index}", points, max_points) for index, (name, points) in enumerate(curves) if points
+            _line(name, f"run-{index}", points, max_points) for index, (name, points) in enumerate(found) if points
         ]
         if series:
-            charts.append(Chart(f"all-{key}", title, _story(curves), unit, series))
+            curves.append(Chart(f"all-{key}", title, _story(found), unit, series))
+    time = _against(runs, "time", "training time (s)", lambda run: run.seconds)
+    size = _against(runs, "size", "parameters of the student", lambda run: run.parameters("student"))
+    made = [
+        Figure("all-curves", "Validation through training", curves, legend),
+        Figure("all-time", "Quality against training time", time, legend),
+        Figure("all-size", "Quality against size", size, legend),
+    ]
+    return [figure for figure in made if figure.charts]
+
+
+def _against(
+    runs: Sequence[RunFolder], what: str, x_title: str, measure: Callable[[RunFolder], float | None]
+) -> list[Chart]:
+    """A chart of each score of the students, on the first data set that has it, where two runs have a point in it."""
+    charts: list[Chart] = []
+    for name in ("rouge_l", "divergence"):
+        sets = [
+            entry.data for run in runs for entry in run.scores if entry.system == "student" and name in entry.scores
+        ]
+        found = [(run, measure(run), _score(run, sets[0], name)) for run in runs] if sets else []
+        points = [(index, run.name, x, y) for index, (run, x, y) in enumerate(found) if x is not None and y is not None]
+        if len(points) < 2:
+            continue
+        series = [
+            Series(label, f"run-{index}", [float(f"{x:.6g}")], [float(f"{y:.6g}")]) for index, label, x, y in points
+        ]
+        title = f"{score_name(name).partition(' (')[0]} on {sets[0]}"
+        told = "; ".join(f"{label} {number(y)} at {number(x)}" for _, label, x, y in points[:6])
+        told += f"; and {len(points) - 6} more" if len(points) > 6 else ""
+        unit = "nats/token" if name == "divergence" else "ROUGE-L"
+        chart = Chart(f"all-{what}-{name}", title, f"{told}.", unit, series, kind="scatter", x_title=x_title)
+        charts.append(chart)
     return charts
+
+
+def _score(run: RunFolder, data: str, name: str) -> float | None:
+    found = [entry.scores[name].mean for entry in run.scores
+             if (entry.system, entry.data) == ("student", data) and name in entry.scores]  # fmt: skip
+    return found[0] if found else None
 
 
 def step_table(run: RunFolder, max_rows: int) -> Table | None:
@@ -131,14 +181,14 @@ def origin_table(run: RunFolder) -> Table | None:
     return Table("Batches by origin in each stretch of steps.", ["Steps", *names], rows)
 
 
-def time_table(run: RunFolder) -> Table | None:
-    """Where the time of the whole run went, without a line for what took none."""
+def time_table(run: RunFolder) -> list[tuple[str, str, str, float]]:
+    """Part, seconds, share in words, and share of 100, of the whole run's time, without what took none."""
     parts = {name: seconds for name, seconds in run.parts.items() if seconds >= 0.05}
-    if not parts:
-        return None
     total = math.fsum(parts.values())
-    rows = [[name, f"{seconds:.1f}", f"{seconds / total:.1%}"] for name, seconds in parts.items()]
-    return Table("Where the time went, from start to end.", ["Part", "Seconds", "Share"], rows)
+    return [
+        (name, f"{seconds:.1f}", f"{seconds / total:.1%}", round(100 * seconds / total, 1))
+        for name, seconds in parts.items()
+    ]
 
 
 def as_json(charts: Sequence[Chart]) -> str:

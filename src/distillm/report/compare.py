@@ -49,7 +49,15 @@ def compare_table(runs: Sequence[Path], *, grouped: bool = False) -> list[Row]:
         DataError: one is no run folder, and no file of scores.
     """
     found = read_systems([Path(path) for path in runs])
-    groups = same_but_seed(found) if grouped else [[run] for run in found]
+    return _labelled(same_but_seed(found) if grouped else [[run] for run in found])
+
+
+def rows_together(runs: Sequence[RunFolder]) -> list[Row]:
+    """The rows of runs that have been read; those that differ in nothing but their seed share theirs."""
+    return _labelled(same_but_seed(runs))
+
+
+def _labelled(groups: Sequence[Sequence[RunFolder]]) -> list[Row]:
     labels: list[str] = []
     rows: list[Row] = []
     for group in groups:
@@ -57,11 +65,6 @@ def compare_table(runs: Sequence[Path], *, grouped: bool = False) -> list[Row]:
         labels.append(group[0].name if label in labels else label)
         rows += _rows(group, labels[-1])
     return rows
-
-
-def rows_of(run: RunFolder) -> list[Row]:
-    """The rows of one run that has been read; one row without scores where it has no evaluation."""
-    return _rows([run], run.name)
 
 
 def same_but_seed(runs: Sequence[RunFolder]) -> list[list[RunFolder]]:

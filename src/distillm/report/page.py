@@ -12,24 +12,27 @@ from importlib.resources import files
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from ..errors import StorageError
+from . import heat
 from .charts import (
-    Chart,
+    Figure,
     Table,
     as_json,
     origin_table,
-    overlay_charts,
+    overlay,
     run_charts,
     step_table,
     time_table,
     validation_table,
 )
-from .compare import rows_of
-from .formats import table_cells
-from .read import Record, RunFolder, Scores, read_runs
+from .compare import rows_together
+from .differences import with_differences
+from .formats import legend, table_cells
+from .read import RunFolder, Scores, read_runs
+from .samples import Sample, cut, samples, within
 from .text import (
     SYSTEM_NAMES,
     command,
@@ -41,25 +44,17 @@ from .text import (
     number,
     parameter_count,
     score_name,
+    status,
     title,
     verdict,
 )
 
 MAX_BYTES = 5_000_000
 SHOWN_SAMPLES = 12
-MAX_TEXT = 1500
 MAX_EVENTS = 200
 MAX_CONFIG = 40_000
-SAMPLE_BYTES = 1_200_000
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt and the answers to it, each with its label."""
-
-    id: str
-    prompt: str
-    answers: list[tuple[str, str]]
+SAMPLE_BYTES = 1_000_000
+TOKEN_BYTES = 900_000
 
 
 @dataclass(frozen=True)
@@ -69,12 +64,16 @@ class Section:
     id: str
     run: RunFolder
     title: str
-    verdict: str | None
+    status: str | None
+    verdict: list[tuple[str, str]]
     facts: list[tuple[str, str]]
-    charts: list[Chart]
+    figures: list[Figure]
     tables: list[Table]
+    time: list[tuple[str, str, str, float]]
     scores: Table | None
     decoding: list[str]
+    heat: list[heat.Answer]
+    num_heat: int
     samples: list[Sample]
     num_samples: int
     events: list[tuple[int, str, str]]
@@ -103,32 +102,38 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
 
 
 def render(runs: Sequence[RunFolder]) -> str:
-    """The page as text. Where it comes out too large, it is made again with thinner curves and fewer samples."""
+    """The page as text, which depends on nothing but ``runs`` and the files of scores that they name.
+
+    Where it comes out too large, it is made again with thinner curves and fewer samples.
+    """
+    compared = _compared(runs) if len(runs) > 1 else None
     share = 1.0 / len(runs)
-    text = _render(runs, share)
+    text = _render(runs, compared, share)
     while len(text.encode()) >= MAX_BYTES and share > 1e-3:
         share /= 2
-        text = _render(runs, share)
+        text = _render(runs, compared, share)
     return text
 
 
-def _render(runs: Sequence[RunFolder], share: float) -> str:
+def _render(runs: Sequence[RunFolder], compared: tuple[Table, list[str]] | None, share: float) -> str:
     sections = [_section(run, f"run-{index + 1}", share) for index, run in enumerate(runs)]
-    several = len(runs) > 1
-    overlay = overlay_charts(runs, max(20, int(1200 * share))) if several else []
-    header, body = table_cells([row for run in runs for row in rows_of(run)])
+    together = overlay(runs, max(20, int(1200 * share))) if compared else []
+    charts = [chart for figure in (*together, *(f for section in sections for f in section.figures))
+              for chart in figure.charts]  # fmt: skip
     script = _asset("page.js")
     plotly, plotly_hash = _plotly()
-    charts = [*overlay, *(chart for section in sections for chart in section.charts)]
     text = _template().render(
-        title=f"{len(runs)} runs compared" if several else sections[0].title,
+        title=f"{len(runs)} runs compared" if compared else sections[0].title,
         sections=sections,
-        several=several,
-        overlay=overlay,
+        several=compared is not None,
+        overlay=together,
         runs_table=_runs_table(runs),
-        systems_table=Table("Mean ± standard deviation over decoding seeds.", header, body),
+        systems_table=compared[0] if compared else None,
+        compared=compared[1] if compared else [],
         shown=SHOWN_SAMPLES,
         max_events=MAX_EVENTS,
+        scale=heat.scale(),
+        searchable=any(section.heat or section.samples for section in sections),
         has_charts=bool(charts),
         # The policy lets exactly these two scripts run: text that came with the data cannot, whatever it holds.
         script_hashes=f"'{_sha256(script)}' '{plotly_hash}'" if charts else f"'{_sha256(script)}'",
@@ -139,6 +144,22 @@ def _render(runs: Sequence[RunFolder], share: float) -> str:
     )
     # A lone surrogate, which JSON and YAML may hold, cannot be written as UTF-8.
     return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _compared(runs: Sequence[RunFolder]) -> tuple[Table, list[str]]:
+    """Every system that was scored, runs that differ in their seed alone in one row, and what there is to say of it.
+
+    What can be tested is tested against the first run's student.
+    """
+    rows, notes = rows_together(runs), list[str]()
+    if any(row.run == rows[0].run and row.data is not None for row in rows):
+        try:
+            rows, notes = with_differences(rows, rows[0].run)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # of a run that is being scored
+            notes = [f"The systems were not tested against {rows[0].run}: their files cannot be read ({error})."]
+    header, body = table_cells(rows)
+    caption = "Mean ± standard deviation over decoding seeds." if not any(row.runs > 1 for row in rows) else ""
+    return Table(caption, header, body), [*legend(rows), *notes]
 
 
 def _runs_table(runs: Sequence[RunFolder]) -> Table:
@@ -167,23 +188,27 @@ def _runs_table(runs: Sequence[RunFolder]) -> Table:
 
 def _section(run: RunFolder, section_id: str, share: float) -> Section:
     max_rows = max(12, int(200 * share))
-    tables = [validation_table(run, max_rows), step_table(run, max_rows), origin_table(run), time_table(run)]
-    samples = _samples(run)
+    tables = [validation_table(run, max_rows), step_table(run, max_rows), origin_table(run)]
+    charts, answered = run_charts(run, section_id, max(20, int(1200 * share))), samples(run)
     return Section(
         id=section_id,
         run=run,
         title=title(run),
+        status=status(run),
         verdict=verdict(run),
         facts=facts(run),
-        charts=run_charts(run, section_id, max(20, int(1200 * share))),
+        figures=[Figure(f"{section_id}-training", "Through training", charts)] if charts else [],
         tables=[table for table in tables if table is not None],
+        time=time_table(run),
         scores=_scores_table(run.scores),
         decoding=decoding(run.scores),
-        samples=_within(samples, int(SAMPLE_BYTES * share)),
-        num_samples=len(samples),
+        heat=heat.answers(run, int(TOKEN_BYTES * share)),
+        num_heat=len(run.tokens),
+        samples=within(answered, int(SAMPLE_BYTES * share)),
+        num_samples=len(answered),
         events=[(event["step"], str(event.get("event", "")), str(event.get("message") or "")) for event in run.events],
         command=command(run),
-        config=_cut(run.config_text, max(2000, int(MAX_CONFIG * min(1.0, 8 * share)))),
+        config=cut(run.config_text, max(2000, int(MAX_CONFIG * min(1.0, 8 * share)))),
     )
 
 
@@ -203,43 +228,6 @@ def _scores_table(scores: list[Scores]) -> Table | None:
         for entry in scores
     ]
     return Table("Mean ± standard deviation over decoding seeds; the mean alone where there is one seed.", header, rows)
-
-
-def _samples(run: RunFolder) -> list[Sample]:
-    """Each prompt once: the teacher (or, without one, the reference), the student's first and its last answer."""
-    by_id: dict[str, dict[int, Record]] = {}
-    for row in run.samples:
-        by_id.setdefault(str(row["id"]), {})[row["step"]] = row
-    samples: list[Sample] = []
-    for row_id, rows in by_id.items():
-        first, last = rows[min(rows)], rows[max(rows)]
-        known = "Teacher" if isinstance(last.get("teacher"), str) else "Reference"
-        answers = [(known, last.get(known.lower())), (_stage(min(rows)), first.get("student"))]
-        if len(rows) > 1:
-            answers.append((_stage(max(rows)), last.get("student")))
-        kept = [(label, _cut(text, MAX_TEXT)) for label, text in answers if isinstance(text, str)]
-        samples.append(Sample(_cut(row_id, 80), _cut(str(last.get("prompt", "")), MAX_TEXT), kept))
-    return samples
-
-
-def _stage(step: int) -> str:
-    return "Student before training" if step == 0 else f"Student at step {step}"
-
-
-def _within(samples: list[Sample], budget: int) -> list[Sample]:
-    """As many of the first samples as fit in ``budget`` bytes of HTML."""
-    kept: list[Sample] = []
-    for sample in samples:
-        texts = [sample.prompt, *(text for _, text in sample.answers)]
-        budget -= 200 + sum(100 + len(escape(text).encode(errors="replace")) for text in texts)
-        if budget < 0:
-            break
-        kept.append(sample)
-    return kept
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]}… ({len(text) - most} more characters)"
 
 
 def _asset(name: str) -> str:

@@ -33,6 +33,8 @@ class Scores:
     seeds: list[int] = field(default_factory=list[int])
     decoding: Record = field(default_factory=dict[str, Any])
     path: Path | None = None
+    speed: float | None = None
+    """Tokens a second while it answered, on the machine that scored it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class RunFolder:
     scores: list[Scores]
     has_student: bool
     notes: list[str]
+    tokens: list[Record] = field(default_factory=list[Record])
 
     @property
     def provenance(self) -> Record:
@@ -94,6 +97,20 @@ class RunFolder:
         if not turns or turns[-1]["event"] == "resumed" or (self.last_step or 0) > turns[-1]["step"]:
             return None
         return turns[-1]
+
+    @property
+    def planned(self) -> int | None:
+        """The steps that the run is to make, where it says."""
+        settled = number_in(mapping(self.provenance, "resolved"), "train.steps")
+        found = settled or number_in(mapping(self.config, "train"), "steps")
+        return None if found is None else int(found)
+
+    @property
+    def going_on(self) -> bool:
+        """Whether training has begun and not come to an end, as far as the files tell: it may have been killed."""
+        if self.last_step is None or self.stopped is not None:
+            return False
+        return not self.has_student or self.last_step < (self.planned or 0)
 
     @property
     def finished(self) -> bool:
@@ -161,6 +178,7 @@ def _read_run(path: Path) -> RunFolder:
         scores=_read_scores(sorted((path / "eval").glob("*.json")), notes),
         has_student=(path / "student").is_dir(),
         notes=notes,
+        tokens=_read_tokens(path / "tokens.jsonl", notes),
     )
     notes.extend(_missing(run))
     return run
@@ -267,6 +285,28 @@ def _read_lines(path: Path, notes: list[str]) -> list[Record]:
     return records
 
 
+def _read_tokens(path: Path, notes: list[str]) -> list[Record]:
+    """The rows of ``tokens.jsonl`` that have a text and a divergence for every token."""
+    found = _read_lines(path, notes)
+    whole = [row for row in found if _is_by_token(row)]
+    if len(whole) < len(found):
+        notes.append(f"{path.name}: {len(found) - len(whole)} rows are not as a run writes them and are left out.")
+    return whole
+
+
+def _is_by_token(row: Record) -> bool:
+    texts, values = row.get("tokens"), row.get("divergence")
+    if not isinstance(texts, list) or not isinstance(values, list) or not 0 < len(texts) == len(values):
+        return False
+    numbers = all(value is None or number_in({"": value}, "") is not None for value in values)
+    return numbers and all(isinstance(text, str) for text in texts)
+
+
+def _rate(speed: Record) -> float | None:
+    tokens, seconds = number_in(speed, "tokens"), number_in(speed, "seconds")
+    return tokens / seconds if tokens and seconds and seconds > 0 else None
+
+
 def _has_step(record: Record) -> bool:
     step = record.get("step")
     return isinstance(step, int) and not isinstance(step, bool)
@@ -300,6 +340,7 @@ def _read_scores(paths: Sequence[Path], notes: list[str]) -> list[Scores]:
                 seeds=[seed for seed in seeds if isinstance(seed, int)] if isinstance(seeds, list) else [],
                 decoding=mapping(record, "decoding"),
                 path=path,
+                speed=_rate(mapping(record, "speed")),
             )
         )
     # What was before comes first, the distilled student and its teacher last.
@@ -319,8 +360,8 @@ def _missing(run: RunFolder) -> Iterator[str]:
     if run.stopped is not None:
         how = "was interrupted" if run.stopped["event"] == "interrupted" else "failed"
         yield f"The run {how} at step {run.stopped['step']} and has not been resumed: {run.stopped.get('message', '')}"
-    elif not run.has_student:
-        yield "There is no student folder yet: the run is still going on, or it was stopped before its end."
+    elif not run.has_student and not run.going_on:
+        yield "There is no student folder: the run was stopped before its end."
     if not run.steps:
         yield "No training step is recorded (metrics.jsonl), so there are no training curves."
     if not run.validations:

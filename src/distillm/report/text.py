@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import statistics
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
@@ -113,15 +114,19 @@ def title(run: RunFolder) -> str:
     return f"{' into '.join(names if student else [*names, 'a student'])}, by {method}"
 
 
-def verdict(run: RunFolder) -> str | None:
-    """One sentence made of the numbers that are there; None where there are none."""
-    parts = [part for part in (_size_part(run), _rouge_part(run), _divergence_part(run)) if part]
-    if not parts:
+def verdict(run: RunFolder) -> list[tuple[str, str]]:
+    """How close, at what size, at what cost: each with a sentence of the numbers that are there, or left out."""
+    near = "; ".join(part for part in (_rouge_part(run), _divergence_part(run)) if part)
+    lines = [("How close", near), ("At what size", _size_part(run)), ("At what cost", _cost_part(run))]
+    return [(name, said[0].upper() + said[1:] + ".") for name, said in lines if said]
+
+
+def status(run: RunFolder) -> str | None:
+    """That the run has not come to its end, where it has not."""
+    if not run.going_on:
         return None
-    sentence = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + ", and " + parts[-1]
-    if not run.finished and run.last_step is not None:
-        sentence = f"so far, after step {run.last_step}: " + sentence
-    return sentence[0].upper() + sentence[1:] + "."
+    planned = f" of {run.planned}" if run.planned else ""
+    return f"This run is still going on, or was killed: it has made {run.last_step}{planned} steps so far."
 
 
 def facts(run: RunFolder) -> list[tuple[str, str]]:
@@ -136,10 +141,10 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
     rows.append(("Method", _settings(run.config.get("method"))))
     data = mapping(run.config, "data")
     rows.append(("Data", _settings({key: data[key] for key in DATA_FACTS if key in data})))
-    planned = number_in(mapping(run.config, "train"), "steps")
+    planned = run.planned
     if run.last_step is not None:
         skipped = len({event["step"] for event in run.events if event.get("event") == "skipped"})
-        said = f"{run.last_step} of {planned:.0f}" if planned else str(run.last_step)
+        said = f"{run.last_step} of {planned}" if planned else str(run.last_step)
         rows.append(("Steps", f"{said}, of which {skipped} skipped (no target token)" if skipped else said))
     tokens = [number_in(step, "tokens") for step in run.steps]
     seconds = run.seconds
@@ -148,6 +153,7 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
         if all(count is not None for count in tokens):
             time += f", {math.fsum(count or 0 for count in tokens) / seconds:.3g} tokens/s"
         rows.append(("Time", time))
+    rows.append(("Speed", _speed_fact(run)))
     rows.append(("Computed", _computed(run)))
     if run.peak_bytes:
         rows.append(("Memory", f"{run.peak_bytes / 2**30:.2f} GiB at most"))
@@ -163,16 +169,24 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
+def _speed_fact(run: RunFolder) -> str:
+    rates = _rates(run)
+    parts = [f"{system} {rate:.3g} tokens/s" for system, rate in rates.items()]
+    times = f" ({rates['student'] / rates['teacher']:.2f} times)" if len(rates) == 2 else ""
+    return f"{', '.join(parts)}{times}, answering test rows on this machine" if parts else ""
+
+
 def _computed(run: RunFolder) -> str:
     seconds, peak = math.fsum(run.parts.values()), number_in(run.provenance, "peak_flops")
     if not run.flops or not seconds:
         return ""
     rate = run.flops / seconds
     share = f", {rate / peak:.1%} of what a large product reaches here" if peak else ""
-    return f"{_operations(run.flops)} in products that rows needed, {_operations(rate)}/s over the whole run{share}"
+    return f"{operations(run.flops)} in products that rows needed, {operations(rate)}/s over the whole run{share}"
 
 
-def _operations(count: float) -> str:
+def operations(count: float) -> str:
+    """A number of floating-point operations, with its unit."""
     name, size = next(((n, s) for n, s in (("P", 1e15), ("T", 1e12), ("G", 1e9)) if count >= s), ("M", 1e6))
     return f"{count / size:.3g} {name}FLOP"
 
@@ -203,31 +217,56 @@ def _size_part(run: RunFolder) -> str:
     teacher, student = run.parameters("teacher"), run.parameters("student")
     if not teacher or not student:
         return ""
-    times = f" ({teacher / student:.1f} times fewer)" if teacher > 1.05 * student else ""
+    times = f", {teacher / student:.1f} times fewer" if teacher > 1.05 * student else ""
     counts = [parameter_count(count).replace(" ", "\N{NO-BREAK SPACE}") for count in (student, teacher)]
-    return f"the student has {counts[0]} parameters to the teacher's {counts[1]}{times}"
+    rates = [f"{'it' if who == 'student' else 'the teacher'} answers with {rate:.3g} tokens/s"
+             for who, rate in sorted(_rates(run).items())]  # fmt: skip
+    return "; ".join([f"{counts[0]} parameters to the teacher's {counts[1]}{times}", *rates])
+
+
+def _cost_part(run: RunFolder) -> str:
+    if not run.seconds or run.last_step is None:
+        return ""
+    said = f"{duration(run.seconds)} in {run.last_step} training steps{'' if run.finished else ' so far'}"
+    whole = math.fsum(run.parts.values())
+    said += f", {duration(whole)} from start to end" if whole > run.seconds else ""
+    where = _plain(run.provenance.get("device"))
+    return said + (f", on {where}" if where else "") + (f"; {_operations(run.flops)}" if run.flops else "")
+
+
+def _rates(run: RunFolder) -> dict[str, float]:
+    """Tokens a second of "teacher" and "student" while they answered: the mean over the data sets scored."""
+    rates: dict[str, list[float]] = {}
+    for system in ("teacher", "student"):
+        found = [entry.speed for entry in run.scores if entry.system == system and entry.speed is not None]
+        if found:
+            rates[system] = found
+    return {system: statistics.fmean(found) for system, found in rates.items()}
 
 
 def _rouge_part(run: RunFolder) -> str:
     data, before, after = _before_after(run, "rouge_l")
     if after is None:
         return ""
-    if before is None:
-        return f"its ROUGE-L on {data} is {after:.1f}"
-    return f"its ROUGE-L on {data} {_change(before, after, 1)}"
+    ceiling = {entry.data: entry.scores["rouge_l"].mean for entry in run.scores
+               if entry.system == "teacher" and "rouge_l" in entry.scores}  # fmt: skip
+    beside = f" (the teacher's own: {ceiling[data]:.1f})" if data in ceiling else ""
+    how = f"is {after:.1f}" if before is None else _change(before, after, 1)
+    return f"ROUGE-L on {data} {how}{beside}"
 
 
 def _divergence_part(run: RunFolder) -> str:
     data, before, after = _before_after(run, "divergence")
-    if before is not None and after is not None:
-        return f"its divergence to the teacher {_change(before, after, 2)} nats a token on {data}"
+    if after is not None:
+        how = f"is {after:.2f}" if before is None else _change(before, after, 2)
+        return f"the divergence to the teacher on {data} {how} nats a token"
     known = [(record["step"], value) for record in run.validations
              if (value := number_in(record, "divergence")) is not None]  # fmt: skip
     if len(known) < 2:
         return ""
     (first, before), (last, after) = known[0], known[-1]
     return (
-        f"its divergence to the teacher on the validation rows {_change(before, after, 2)} nats a token"
+        f"the divergence to the teacher on the validation rows {_change(before, after, 2)} nats a token"
         f" between steps {first} and {last}"
     )
 

@@ -1,0 +1,87 @@
+"""The memory that ``distillm check`` foresees is what the run then holds: three kinds of runs, each in a process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny import save, tiny_model, tiny_tokenizer
+from tiny_run import rows, settings, write_rows
+
+MEASURE = """
+import json, sys
+from distillm.config import load_run
+run = load_run(sys.argv[2])
+if sys.argv[1] == "foreseen":
+    from distillm.checking import check
+    cost = check(run).cost
+    assert cost.work, "no step was tried"
+    print(cost.memory)
+else:
+    from distillm.pipeline import distill
+    folder = distill(run)
+    times = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    print(max(entry["peak_bytes"] for entry in times if entry["kind"] == "time"))
+"""
+
+
+def measured(what: str, path: Path) -> int:
+    """``foreseen`` or ``held``, in bytes."""
+    command = [sys.executable, "-c", MEASURE, what, str(path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
+def weights_and_their_averages(folder: Path) -> dict[str, Any]:
+    """Knowledge distillation of 54 M parameters: weights, gradients and AdamW's averages are most of it."""
+    size = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_key_value_heads": 12}
+    save(tiny_model("llama", layers=6, **size), tiny_tokenizer(), folder / "student")
+    save(tiny_model("llama", layers=8, **size), tiny_tokenizer(), folder / "teacher")
+    write_rows(folder / "train.jsonl", rows(10))
+    return {"method": {"name": "kd"}, "train": {"steps": 4, "batch_size": 2}, "generation.max_new_tokens": 8}
+
+
+def activations(folder: Path) -> dict[str, Any]:
+    """Fine-tuning on long rows, many at a time: what is kept for the backward pass is most of it."""
+    model = tiny_model("gpt2", layers=8, n_embd=256, n_head=8)
+    save(model, tiny_tokenizer(), folder / "student")
+    long = [{"instruction": "Say it.", "output": "one two three four five six seven eight nine ten " * 12}] * 20
+    write_rows(folder / "train.jsonl", long)
+    return {
+        "method": {"name": "sft"}, "teacher": None, "train": {"steps": 1, "batch_size": 14, "micro_batch_size": 14},
+        "data.max_length": 240, "generation.max_new_tokens": 8,
+    }  # fmt: skip
+
+
+def what_the_student_writes(folder: Path) -> dict[str, Any]:
+    """An encoder-decoder that learns from its own responses, longer than those of the data."""
+    size = {"d_model": 512, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048}
+    heads = {"encoder_attention_heads": 8, "decoder_attention_heads": 8}
+    for name, layers in (("student", 3), ("teacher", 4)):
+        save(tiny_model("bart", layers=layers, **size, **heads), tiny_tokenizer(), folder / name)
+    write_rows(folder / "train.jsonl", rows(10))
+    return {
+        "method": {"name": "distillm", "initial_probability": 1.0, "capacity": 32},
+        "train": {"steps": 3, "batch_size": 16, "micro_batch_size": 16}, "generation.max_new_tokens": 96,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [weights_and_their_averages, activations, what_the_student_writes])
+def test_memory_is_foreseen_within_a_fifth(case: Any, tmp_path: Path) -> None:
+    changes = case(tmp_path)
+    write_rows(tmp_path / "valid.jsonl", rows(2, 20))
+    write_rows(tmp_path / "test.jsonl", rows(2, 40))
+    common = {"data.text": None, "validation": {"samples": 1}, "evaluation.seeds": [1], "checkpoint": {}}
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(settings(tmp_path, tmp_path / "run", common | changes)), encoding="utf-8")
+    foreseen, held = measured("foreseen", path), measured("held", path)
+    empty = 400 * 2**20  # about what Python with torch and transformers takes
+    assert held > 2 * empty, "the run is too small to say anything"
+    assert abs(foreseen - held) <= 0.2 * held, f"foreseen {foreseen / 2**20:.0f} MiB, held {held / 2**20:.0f} MiB"
