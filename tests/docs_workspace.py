@@ -72,13 +72,13 @@ def make_workspace(folder: Path) -> Path:
 
 
 def _write_rows(folder: Path) -> None:
-    said = [(f"Say {a} {b}.", f"{a} and {b}") for a in NUMBERS[:4] for b in NUMBERS[:3]]
+    said = [(f"Say {a} {b}.", f"{a} and {b}") for a in NUMBERS[:5] for b in NUMBERS[:3]]
     names = ("instruction", "output"), ("question", "answer"), ("source", "target")
     both = [dict(zip(sum(names, ()), pair * 3, strict=True)) for pair in said]
     kinds: dict[str, list[dict[str, Any]]] = {
-        "train": both,
-        "valid": both[:4],
-        "test": both[8:],
+        "train": both[:9],
+        "valid": both[9:11],
+        "test": both[11:],
         "prompts": [{"instruction": q} for q, _ in said],
         "articles": [{"body": q * 3, "title": a} for q, a in said],
         "chats": [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in said],

@@ -38,8 +38,6 @@ NOT_RUN = {
 OTHERS = ("hf auth", "vllm serve", "transformers serve", "lm_eval", "python llama.cpp/")
 # Commands and names that other work in progress brings; empty in the end.
 PENDING = (
-    "distillm init",
-    "distillm check",
     "distillm watch",
     "distillm push",
     "distillm.read_run",
@@ -100,7 +98,7 @@ def run_command(page: str, line: str, found: dict[str, str], url: str) -> None:
     """Run one line of a page in this folder; what it prints may name something that a later line needs."""
     program, *words = [told(page, word, found, url) for word in shlex.split(line, comments=True)]
     words = [str(path) for word in words for path in (sorted(Path().glob(word)) if word.endswith("*") else [word])]
-    if "train" in words or words[0] == "sweep" or words[:2] == ["cache", "warm"]:
+    if "train" in words or words[0] in ("sweep", "check") or words[:2] == ["cache", "warm"]:
         given = {word.partition("=")[0] for word in words}
         words = [re.sub(r"^seed=(\d+),.*", r"seed=\1", word) for word in words]  # one of several seeds
         words += [setting for setting in overrides() if setting.partition("=")[0] not in given]
@@ -229,6 +227,12 @@ def test_the_figures_of_a_tutorial_are_those_of_its_runs(page: str) -> None:
                 assert cell in ("", f"{entry['seconds'] / 60:.1f}"), (run, system, column)
             elif cell:
                 assert cell == f"{entry['scores'][COLUMNS[column]]['mean']:.2f}", (run, system, column)
+
+
+def test_every_picture_is_shown() -> None:
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    assert [p.name for p in sorted((DOCS / "images").iterdir()) if f"images/{p.name}" not in text] == []
 
 
 # ------------------------------------------------------------------------------------------------------------ the site
