@@ -231,7 +231,7 @@ def _cost_part(run: RunFolder) -> str:
     whole = math.fsum(run.parts.values())
     said += f", {duration(whole)} from start to end" if whole > run.seconds else ""
     where = _plain(run.provenance.get("device"))
-    return said + (f", on {where}" if where else "") + (f"; {_operations(run.flops)}" if run.flops else "")
+    return said + (f", on {where}" if where else "") + (f"; {operations(run.flops)}" if run.flops else "")
 
 
 def _rates(run: RunFolder) -> dict[str, float]:
