@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 from distillm.checking import Checked, check
 from distillm.cli import app
 from distillm.config import load_run
-from distillm.data import pieces
 from distillm.errors import ConfigError, ModelError
 from tiny import CHAT_TEMPLATE, save, tiny_model, tiny_tokenizer
 from tiny_run import materials, rows, settings, tiny_run, write_rows
@@ -255,13 +254,3 @@ def test_a_setting_that_cannot_be_used_is_said_at_once(tmp_path: Path) -> None:
     path.write_text("{student: {layers: 2}, data: {train: rows.jsonl}}\n")
     with pytest.raises(ConfigError, match=r"teacher\.path"):
         load_run(str(path))
-
-
-@pytest.mark.parametrize("text", ["plain words", "naïve café", "fire 🔥 and 🧑‍🚀!", "  two  spaces\n\n"])
-def test_pieces_are_the_text(text: str) -> None:
-    tokenizer = tiny_tokenizer()
-    ids = tokenizer(text)["input_ids"]
-    found = pieces(tokenizer, ids)
-    assert len(found) == len(ids)
-    assert "".join(found) == text
-    assert "\ufffd" not in "".join(found)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from distillm import pipeline
 from distillm.config import load_run, make_run
-from distillm.evaluation.tokens import _short, pieces, token_rows
+from distillm.data import pieces
+from distillm.evaluation.tokens import _short, token_rows
 from distillm.kept_teacher import KeptTeacher
 from distillm.pipeline import distill
 from distillm.types import Example

@@ -5,7 +5,7 @@ from .known import known_rows, located
 from .read import read_rows
 from .task import LengthReport, Task
 from .text import all_texts, text_examples
-from .tokenize import encode_prompts, encode_responses, pieces
+from .tokenize import encode_prompts, encode_responses, pieces, text_of
 
 __all__ = [
     "LengthReport",
@@ -20,4 +20,5 @@ __all__ = [
     "pieces",
     "read_rows",
     "text_examples",
+    "text_of",
 ]

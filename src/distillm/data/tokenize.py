@@ -1,9 +1,11 @@
 """Text -> token ids, in one place, so that training, generation and evaluation read the same tokens."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, has_specials: bool) -> list[list[int]]:
@@ -69,12 +71,22 @@ def around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text that each of ``ids`` adds to those before it; "" for all but the last of the tokens of one character."""
-    found: list[str] = []
-    said = ""
+    """The text that each token adds, special tokens too; joined they are the text of all.
+
+    A token that is a part of a character adds nothing until the last part of it, which adds the character.
+    """
+    texts: list[str] = []
+    start, done = 0, 0  # the last token that added something stands before, so that spaces come out as in the whole
     for end in range(1, len(ids) + 1):
-        whole = str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
-        broken = whole.endswith("\ufffd") and end < len(ids)  # bytes of a character that is not complete yet
-        found.append("" if broken else whole[len(said) :])
-        said = said if broken else whole
-    return found
+        before, now = text_of(tokenizer, ids[start:done]), text_of(tokenizer, ids[start:end])
+        if now.endswith(INCOMPLETE) and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(now[len(before) :])
+        start, done = done, end
+    return texts
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of ``ids``, special tokens too."""
+    return cast(str, tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))

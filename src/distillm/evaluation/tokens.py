@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..data import pieces, text_of
 from ..heads import eval_mode
 from ..processes import share, together
 from ..scoring import Pair
@@ -18,7 +19,6 @@ from ..types import Example, State
 from .fidelity import blocks, known_part, log_probs
 
 COLUMNS = ("divergence", "teacher", "student", "choice", "p", "q")
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def token_rows(
@@ -56,27 +56,6 @@ def token_rows(
     return {number: merged[number] for number in sorted(merged)}
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds, special tokens too; joined they are the text of all.
-
-    A token that is a part of a character adds nothing until the last part of it, which adds the character.
-    """
-    texts: list[str] = []
-    start, done = 0, 0  # the last token that added something stands before, so that spaces come out as in the whole
-    for end in range(1, len(ids) + 1):
-        before, now = _text(tokenizer, ids[start:done]), _text(tokenizer, ids[start:end])
-        if now.endswith(INCOMPLETE) and end < len(ids):
-            texts.append("")
-            continue
-        texts.append(now[len(before) :])
-        start, done = done, end
-    return texts
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return cast(str, tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-
-
 def _collect(columns: dict[str, list[float]], p: Tensor, q: Tensor, divergence: Tensor, labels: Tensor) -> None:
     """Add the figures of a block of tokens: ``p``, ``q`` ``[n, V]`` are log-probabilities, ``labels`` ``[n]``."""
     top, choice = p.max(-1)
@@ -96,7 +75,7 @@ def _record(tokenizer: PreTrainedTokenizerBase, labels: list[int], own: dict[str
         "tokens": pieces(tokenizer, labels),
         "divergence": [_short(value) for value in own["divergence"]],
         "written": pairs("teacher", "student"),
-        "choice": [_text(tokenizer, [int(token)]) for token in own["choice"]],
+        "choice": [text_of(tokenizer, [int(token)]) for token in own["choice"]],
         "chosen": pairs("p", "q"),
     }
 
