@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO ?=
 FAULTS ?=
-.PHONY: demo test test-data test-slow faults lint clean
+.PHONY: demo test test-data test-slow faults lint docs clean
 
 # One marker per set of requirements: installing again only when they changed.
 $(VENV)/.package: pyproject.toml constraints.txt
@@ -19,7 +19,7 @@ $(VENV)/.teacher: $(VENV)/.package
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.package
-	$(PIP) install -c constraints.txt -e '.[gguf,lora,analysis,dev]'
+	$(PIP) install -c constraints.txt -e '.[gguf,lora,analysis,docs,dev]'
 	touch $@
 
 demo: $(VENV)/.teacher
@@ -43,5 +43,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The documentation site, strictly: a broken link or a public name without a docstring ends it.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean -q
+	@echo 'site/index.html'
+
 clean:
-	rm -rf $(VENV) demo dist build
+	rm -rf $(VENV) demo dist build site
