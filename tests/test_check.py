@@ -209,6 +209,30 @@ def test_other_models(kind: str, tmp_path: Path) -> None:
     assert checked.cost.seconds > 0
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "lora": {"student": {"lora": {}}},
+    "the student is the teacher": {
+        "student": {"lora": {}}, "teacher": {"adapter_off": True}, "data.teacher_system": "Be brief.",
+    },
+    "bf16": {"train.mixed_precision": "bf16", "train.gradient_checkpointing": True},
+    "packing": {"train.packing": True, "data.text": None},
+    "on disk": {"teacher.cache": "disk"},
+    "rouge": {"validation.select": "rouge_l"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_settings(case: str, taught: Path, tmp_path: Path) -> None:
+    changes = {"data__template": "chat"} | {name.replace(".", "__"): value for name, value in OTHERS[case].items()}
+    if "student" in changes:
+        changes["student"] = {"path": str(taught / "student")} | changes["student"]
+    if case == "on disk":
+        changes["teacher__cache_folder"] = str(tmp_path / "cache")
+    checked = found(taught, tmp_path, **changes)
+    assert checked.cost.seconds > 0
+    assert not (tmp_path / "cache").exists()
+
+
 def test_flops_are_those_of_the_run(made: Path, tmp_path: Path) -> None:
     """Of fine-tuning rows of one length nothing is left to chance: what is foreseen is what the run then computes."""
     from distillm.pipeline import distill

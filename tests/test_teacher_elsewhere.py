@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from answering_server import Answer, Script, serving
 from command_line import done, refused
+from distillm.checking import check
 from distillm.client import Server
 from distillm.config import as_yaml, make_run
 from distillm.divergences import DIVERGENCES, Bucketed
@@ -90,6 +91,13 @@ def test_kd_on_what_was_kept_is_the_run_with_the_teacher(away: Away) -> None:
         assert "divergence" in result["scores"]
     assert all(entry["teacher"] is None for entry in lines(alone / "samples.jsonl"))
     assert (alone / "report.html").is_file()
+
+
+def test_a_check_of_such_a_run_reads_what_was_kept(away: Away) -> None:
+    checked = check(make_run(changed(away, "checked")))
+    assert {"training", "validation", "scoring"} <= {work.name for work in checked.cost.work}
+    assert checked.subject.models.teacher is None
+    assert not (away.made / "checked").exists()
 
 
 @pytest.mark.parametrize("method", ["distillm", "gkd", "imitkd", "minillm", "distillm2", "seqkd"])
@@ -236,6 +244,12 @@ def run_settings(made: Path, output: Path, url: str, **changes: Any) -> dict[str
     given = settings(made, output, {"validation.samples": 0, "train.steps": 4, **changes})
     given["teacher"] = {"server": {"url": url, "model": "big", "top_k": TOP, "attempts": 2}} | given.get("extra", {})
     return given
+
+
+def test_a_check_of_such_a_run_asks_the_server(made: Path, tmp_path: Path) -> None:
+    with serving(scorer(made)) as server:
+        checked = check(make_run(run_settings(made, tmp_path / "run", server.url)))
+    assert {"training", "teacher", "generation"} <= {work.name for work in checked.cost.work}
 
 
 @pytest.mark.parametrize("way", ["prompt_logprobs", "echo"])

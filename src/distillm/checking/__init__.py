@@ -9,9 +9,11 @@ from typing import Literal
 
 from ..accounting import account_for, kept_by
 from ..assembly import make_accelerator, make_buffer, make_method
+from ..caching import make_cache
 from ..config import Run
 from ..display import Display
 from ..folder import RunFolder
+from ..kept_teacher import KeptTeacher
 from ..loading import load_models
 from ..project import Stop, responses_server, teacher_responses, total_steps
 from ..rows import Rows, answered, load_rows, read_data
@@ -92,4 +94,18 @@ def _subject(run: Run, folder: RunFolder, display: Display) -> Subject:
     asked = run.data.responses == "teacher" or not any(any(e.targets) for e in rows.validation.examples)
     validation = train if asked else [e for e in rows.validation.examples if any(e.targets)][:READ]
     method = make_method(run, models, train, rows.text, make_buffer(run, len(rows.train.examples)))
+    if isinstance(models.pair.teacher, KeptTeacher):  # who answers from what was kept, or not at all
+        sets = {"train": rows.train.examples, "validation": rows.validation.examples}
+        tests = [example for test in rows.tests.values() for example in test.examples]
+        kept = make_cache(
+            run,
+            models,
+            method,
+            **sets,
+            tests=tests,
+            steps=steps,
+            note=display.note,
+            precision=lambda: accelerator.autocast(),
+        )
+        models.pair = replace(models.pair, cache=kept)
     return Subject(run, read, models, rows, accelerator, method, steps, train, validation, asked)

@@ -160,7 +160,7 @@ def _teacher_reads(subject: Subject, rows: list[Example]) -> Rate | None:
     if pair.teacher is None:
         return None
     taken()
-    with torch.no_grad():
+    with torch.no_grad(), subject.accelerator.autocast():  # as in training
         pair.teacher_head(rows)
     parts, flops = taken()
     tokens = sum(len(row.tokens) for row in rows)
