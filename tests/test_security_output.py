@@ -67,6 +67,8 @@ def hostile_run(folder: Path, evil: str) -> Path:
     scored["scores"] |= {evil: {"mean": 1.0, "std": 0.0, "per_seed": [1.0]}}
     (run / "eval" / "evil.json").write_text(json.dumps(scored))
     (run / "eval" / "torn.json").write_text(evil)
+    by_token = {"id": evil, "data": evil, "prompt": evil, "tokens": [evil, "a"], "divergence": [3.0, 0.1]}
+    write_lines(run / "tokens.jsonl", [by_token | {"choice": [evil, evil], "chosen": [[0.5, 0.1]] * 2}])
     (run / "judge").mkdir()
     (run / "judge" / "evil.json").write_text(json.dumps({"scores": {evil: {"mean": 1.0}}, "rows": [one]}))
     return run
@@ -86,18 +88,18 @@ def test_nothing_in_a_report_comes_alive(tmp_path: Path, evil: str):
             "details",
             "summary",
             "aside",
-            "svg",  # the bars of where the time went
-            "rect",
             "ul",
             "li",
             "h4",
             "h5",
             "em",
+            *("ol", "svg", "rect"),  # of the legend of runs, and of where the time went
         }
         for tag, attrs in page.elements:
             assert not [key for key in attrs if key.startswith("on") or key in ("srcdoc", "action", "formaction")]
-            assert attrs.get("href") in (None, "data:,", "#main"), tag
+            assert (tag, attrs.get("href")) in ((tag, None), ("link", "data:,"), ("a", "#main"))
             assert "src" not in attrs
+        assert [set(attrs) for tag, attrs in page.elements if tag == "rect"] == [{"width", "height"}]
         assert "<!--" not in page.source
         (data,) = page.all("script", id="charts")
         assert not {"<", "\u2028", "\u2029"} & set(data)  # it cannot end the element that it is in
