@@ -238,11 +238,11 @@ def test_verdict_falls_back_on_validation(tmp_path: Path):
 
 
 def test_speed_of_both_or_of_whichever_is_known(tmp_path: Path, page: Page):
-    both = "teacher 125 tokens/s, student 400 tokens/s (3.20 times), answering test rows on this machine"
+    both = "teacher 125 tokens/s, student 400 tokens/s (3.20 times), answering test rows where they were scored"
     assert dict(page.table("The run"))["Speed"] == both
     run = fabricate(tmp_path / "run", num_steps=10, every=5)
     (run / "eval" / "kitchen-teacher.json").unlink()
-    one = "student 400 tokens/s, answering test rows on this machine"
+    one = "student 400 tokens/s, answering test rows where they were scored"
     assert dict(report(run).table("The run"))["Speed"] == one
 
 

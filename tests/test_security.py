@@ -351,7 +351,7 @@ def test_what_a_run_saves_holds_no_code_and_no_pickle(tmp_path: Path):
     path.write_text(yaml.safe_dump(tiny_settings(made, tmp_path / "run", {"train.steps": 2})))
     assert distillm("train", path).code == 0
     kinds = {p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    assert kinds <= {".json", ".jsonl", ".yaml", ".html", ".safetensors", ".jinja"}
+    assert kinds <= {".json", ".jsonl", ".yaml", ".html", ".safetensors", ".jinja", ".md"}
     assert all(
         isinstance(tensor, torch.Tensor) for tensor in load_file(tmp_path / "run/student/model.safetensors").values()
     )

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from .project import steps as steps
     from .readers import LocalTeacher as LocalTeacher
     from .report import write_report as write_report
+    from .report.frames import plot as plot
+    from .report.frames import read_run as read_run
     from .scoring import Pair as Pair
     from .scoring import Scored as Scored
     from .shrinking import shrink as shrink
@@ -87,6 +89,7 @@ _HOMES = {
     "project": ["build", "steps"],
     "readers": ["LocalTeacher"],
     "report": ["write_report"],
+    "report.frames": ["plot", "read_run"],
     "scoring": ["Pair", "Scored"],
     "shrinking": ["shrink"],
     "sources": ["ReplayBuffer"],

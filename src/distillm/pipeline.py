@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .accounting import account_for, kept_by, part, peak_bytes, peak_rate, settle, taken
 from .assembly import make_accelerator, make_sampling
 from .assess import answers, assess, by_token
+from .card import hub_names, write_card
 from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of
 from .config import Run, as_yaml, changed, read_yaml
 from .display import Display
@@ -72,6 +73,7 @@ def _whole(project: Project, checkpoint: Path | None, command: str | None) -> No
             _train(project)
         _finish(project)
         _log_time(project)
+        by_first(lambda: write_card(folder.path))  # once the scores are there, which it tells
         by_first(lambda: display.note(f"student: {folder.student}\nreport:  {_report(folder)}"))
     except TrainingError as error:
         _event(project, "failed", str(error), rows=error.rows)
@@ -118,6 +120,7 @@ def _describe(project: Project, command: str | None, resumed: bool = False) -> N
     device = project.accelerator.device
     origin = provenance(models, device, command) | {"resolved": _resolved(project)}
     bf16 = project.run.train.mixed_precision == "bf16" or project.run.student.dtype == "bfloat16"
+    origin |= {"rows": _rows(project), "hub": hub_names(project.run.model_dump(mode="json"))}
     origin["peak_flops"] = peak_rate(device, torch.bfloat16 if bf16 else torch.float32)
     if resumed:  # what began the run stays; what it was gone on with is added
         before = mapping(_saved_settings(project), "provenance")
@@ -126,6 +129,12 @@ def _describe(project: Project, command: str | None, resumed: bool = False) -> N
         origin["resumed"] = [*(earlier if isinstance(earlier, list) else []), now]
     text = as_yaml(project.run.model_copy(update={"provenance": origin}))
     write_text(project.folder.path / "run.yaml", text)
+
+
+def _rows(project: Project) -> dict[str, int]:
+    """How many rows there are for what, and windows of plain text."""
+    sets = {"train": project.train, "validation": project.validation}
+    return {name: len(rows.examples) for name, rows in sets.items()} | {"text": len(project.text)}
 
 
 def _resolved(project: Project) -> dict[str, float]:

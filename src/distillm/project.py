@@ -30,7 +30,8 @@ from .generation import generate, truncated
 from .loading import Models, connected, load_models
 from .method_settings import Distillation
 from .methods import Method
-from .models import save_model
+from .models import num_parameters, save_model
+from .notebook import facts_lines, facts_table
 from .processes import by_first
 from .rows import Rows, answered, end_of_response, load_rows, read_data
 from .sharding import gathered, sharded
@@ -78,6 +79,20 @@ class Project:
         """Steps between validations."""
         per_epoch = steps_per_epoch(len(self.train.examples), self.run.train.batch_size)
         return self.run.validation.every or min(per_epoch, self.state.total_steps)
+
+    def __repr__(self) -> str:
+        return facts_lines("Project", self._facts())
+
+    def _repr_html_(self) -> str:
+        return facts_table("Project", self._facts())
+
+    def _facts(self) -> list[tuple[str, str]]:
+        models = {"student": self.models.student, "teacher": self.models.teacher}
+        sizes = [(role, f"{num_parameters(m):,} parameters") for role, m in models.items() if m is not None]
+        rows = {"train": self.train, "validation": self.validation, **self.tests}
+        counts = ", ".join(f"{len(found.examples)} {name}" for name, found in rows.items())
+        step = f"{self.state.step} of {self.state.total_steps}, validated every {self.every}"
+        return [("method", self.run.method.name), *sizes, ("rows", counts), ("step", step), ("output", self.run.output)]
 
 
 def build(

@@ -39,7 +39,8 @@ def _named(device: torch.device) -> str:
 def _facts(model: PreTrainedModel) -> dict[str, Any]:
     config: Any = model.config
     facts = {"parameters": num_parameters(model), "layers": getattr(config, "num_hidden_layers", None)}
-    return facts | {"width": getattr(config, "hidden_size", None), "vocabulary": config.vocab_size}
+    facts |= {"width": getattr(config, "hidden_size", None), "vocabulary": config.vocab_size}
+    return facts | {"encoder_decoder": bool(config.is_encoder_decoder)}
 
 
 def _revision() -> str | None:

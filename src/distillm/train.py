@@ -15,6 +15,7 @@ from .heads import eval_mode
 from .kernels import linear_cross_entropy, linear_divergence
 from .losses import Term
 from .methods import Method
+from .notebook import facts_table
 from .processes import count as num_processes
 from .processes import most, share, together
 from .schedules import Schedule
@@ -38,8 +39,13 @@ class Step:
     tokens: int
     batch: str
     figures: dict[str, float | None] = field(default_factory=dict[str, float | None])
-    rows: tuple[Example, ...] = ()
+    rows: tuple[Example, ...] = field(default=(), repr=False)
     skipped: bool = False
+
+    def _repr_html_(self) -> str:
+        numbers = {"loss": self.loss, **self.terms, **self.figures, "learning rate": self.lr, "seconds": self.seconds}
+        shown = [(name, f"{value:.4g}") for name, value in numbers.items() if value is not None]
+        return facts_table(f"step {self.step}{' (skipped)' if self.skipped else f', {self.batch}'}", shown)
 
 
 def training_steps(

@@ -15,10 +15,12 @@ from .cache import cache_app
 from .check import check
 from .judge import judge
 from .make import recipes_app, schema, shrink, tokenizer
+from .push import push
 from .score import evaluate_command, generate
 from .show import analyse, compare, report
 from .start import init, next_steps
 from .train import demo, sweep, train
+from .watch import watch
 
 EXIT_CODES = """
 Exit codes: 0 done · 1 a defect of distillm (with a traceback; please report it) · 2 a setting, file or model cannot be
@@ -45,7 +47,9 @@ app.command("generate")(generate)
 app.command("judge")(judge)
 app.command("compare")(compare)
 app.command("report")(report)
+app.command("watch")(watch)
 app.command("analyse")(analyse)
+app.command("push")(push)
 app.command("shrink")(shrink)
 app.command("tokenizer")(tokenizer)
 app.command("datasets")(datasets)

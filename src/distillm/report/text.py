@@ -173,7 +173,7 @@ def _speed_fact(run: RunFolder) -> str:
     rates = _rates(run)
     parts = [f"{system} {rate:.3g} tokens/s" for system, rate in rates.items()]
     times = f" ({rates['student'] / rates['teacher']:.2f} times)" if len(rates) == 2 else ""
-    return f"{', '.join(parts)}{times}, answering test rows on this machine" if parts else ""
+    return f"{', '.join(parts)}{times}, answering test rows where they were scored" if parts else ""
 
 
 def _computed(run: RunFolder) -> str:
