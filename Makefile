@@ -45,7 +45,7 @@ lint: $(VENV)/.dev
 
 # The documentation site, strictly: a broken link or a public name without a docstring ends it.
 docs: $(VENV)/.dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
 	@echo 'site/index.html'
 
 clean:
