@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from distillm.checking import Checked, check
+from distillm.checking import Checked, check, mistakes
 from distillm.cli import app
 from distillm.config import load_run
 from distillm.errors import ConfigError, ModelError
@@ -278,3 +279,13 @@ def test_a_setting_that_cannot_be_used_is_said_at_once(tmp_path: Path) -> None:
     path.write_text("{student: {layers: 2}, data: {train: rows.jsonl}}\n")
     with pytest.raises(ConfigError, match=r"teacher\.path"):
         load_run(str(path))
+
+
+def test_the_page_names_every_finding() -> None:
+    source = Path(mistakes.__file__).read_text(encoding="utf-8")
+    names = set(re.findall(r"Finding\(\s*\"(\w+)\"", source))
+    page = (Path(__file__).parents[1] / "docs" / "howto" / "check.md").read_text(encoding="utf-8")
+    assert len(names) > 10
+    assert {
+        name for line in page.splitlines() if line.startswith("| ") for name in re.findall(r"`(\w+)`", line)
+    } >= names

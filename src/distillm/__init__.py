@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .assess import measure as measure
+    from .checking import check as check
     from .checkpoint import load_checkpoint as load_checkpoint
     from .checkpoint import save_checkpoint as save_checkpoint
     from .config import Run as Run
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 # Where each public name lives: nothing heavy is imported before it is used, so that `distillm --help` is quick.
 _HOMES = {
     "assess": ["measure"],
+    "checking": ["check"],
     "checkpoint": ["load_checkpoint", "save_checkpoint"],
     "config": ["Run", "load_run"],
     "data": ["Task", "collate", "read_rows", "text_examples"],
