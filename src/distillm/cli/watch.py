@@ -1,5 +1,6 @@
 """The command that follows runs: ``watch``."""
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,8 @@ def watch(
             f"warning: whoever reaches {host}:{server.server_port} over the network can read these runs", err=True
         )
     typer.echo(server.url)
+    # A shell starts what it puts into the background deaf to SIGINT; it is to be ended all the same.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
