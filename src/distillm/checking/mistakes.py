@@ -1,7 +1,6 @@
 """The usual mistakes: each is looked for in what the run reads and says, not guessed from its settings."""
 
 import math
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..readers import LocalTeacher
 from ..rows import end_of_response, placed, tokenised
 from ..tasks import CHAT
 from ..train import validate
-from ..types import Example, State, last_turn
+from ..types import Example, State, as_teacher_reads, last_turn
 from .cost import Cost
 from .subject import Subject
 
@@ -96,8 +95,8 @@ def of_models(subject: Subject) -> Iterator[Finding]:
     noise = student["cross_entropy"] > NOISE * uniform
     method = run.method.model_dump()
     skewed = str(method.get("divergence", run.method.name)) in ("skew_kl", "skew_reverse_kl", "distillm2")
-    if noise and skewed and run.student.path is None:
-        alpha = method.get("alpha") or 0.1
+    alpha = 0.1 if method.get("alpha") is None else method["alpha"]
+    if noise and skewed and alpha and run.student.path is None:
         yield Finding(
             "start", f"The student begins as noise ({student['cross_entropy']:.1f} nats a token), where a skewed "
             f"divergence is nearly flat: it cannot exceed {-math.log(alpha):.1f}.",
@@ -106,7 +105,7 @@ def of_models(subject: Subject) -> Iterator[Finding]:
         )  # fmt: skip
     yield from _same_models(subject, student)
     yield from _template(subject)
-    if isinstance(models.pair.teacher, LocalTeacher) and models.teacher is not None:
+    if isinstance(models.pair.teacher, LocalTeacher) and subject.method.reads_teacher:
         teacher = _cross_entropy(subject, subject.validation)
         if teacher >= student["cross_entropy"]:
             yield Finding(
@@ -137,22 +136,22 @@ def of_cost(subject: Subject, cost: Cost) -> Iterator[Finding]:
 def _cut(subject: Subject, lengths: LengthReport) -> Iterator[Finding]:
     data = subject.run.data
     left_out = lengths.dropped + lengths.empty_responses
-    parts = {
+    cut = {
         "with a cut prompt": lengths.cut_prompts + lengths.shortened,
         "with a response cut short, which has no end to learn": lengths.cut_responses,
-        "left out": left_out,
     }
-    for what, count in parts.items():
-        if not count:
-            continue
-        share = count / lengths.rows
-        advice = "Look at these rows."
-        if count != left_out:
-            prompt, whole = _fitting(subject)
-            advice = f"data.max_prompt={prompt} data.max_length={whole} would leave 98 of 100 rows whole."
-        elif lengths.dropped:
-            advice = f"data.max_prompt is {data.max_prompt}: raise it, or take a shorter template."
-        yield Finding("cut", f"{count} of {lengths.rows} training rows are {what}.", advice, grave=share > MANY)
+    advice = "Look at these rows."
+    if lengths.dropped:
+        advice = f"data.max_prompt is {data.max_prompt}: raise it, or take a shorter template."
+    advised = [("left out", left_out, advice)]
+    if any(cut.values()):
+        prompt, whole = _fitting(subject)
+        advice = f"data.max_prompt={prompt} data.max_length={whole} would leave 98 of 100 rows whole."
+        advised = [*((what, count, advice) for what, count in cut.items()), *advised]
+    for what, count, advice in advised:
+        if count:
+            said = f"{count} of {lengths.rows} training rows are {what}."
+            yield Finding("cut", said, advice, grave=count > MANY * lengths.rows)
 
 
 def _fitting(subject: Subject) -> tuple[int, int]:
@@ -214,7 +213,7 @@ def _too_long_to_write(subject: Subject) -> Iterator[Finding]:
     lengths = [sum(last_turn(e).targets) for e in subject.rows.train.examples if any(e.targets)]
     longer = sum(length > most for length in lengths)
     if longer > MANY * max(len(lengths), 1):
-        needed = _rounded(int(statistics.quantiles(lengths, n=20)[-1]))
+        needed = _rounded(sorted(lengths)[math.ceil(0.95 * len(lengths)) - 1])
         yield Finding(
             "length", f"{longer} of {len(lengths)} responses of the data are longer than generation.max_new_tokens="
             f"{most}: what models write will be cut, and scored so.",
@@ -308,6 +307,7 @@ def _cross_entropy(subject: Subject, examples: Sequence[Example]) -> float:
     """Of the teacher, where it is here, else of the student: nats a token."""
     models, pair = subject.models, subject.models.pair
     if isinstance(pair.teacher, LocalTeacher) and models.teacher is not None:
+        examples = [as_teacher_reads(example) for example in examples]
         pair = replace(pair, student=models.teacher, read_student=pair.teacher.reader, teacher=None, cache=None)
     else:
         pair = replace(pair, teacher=None)
