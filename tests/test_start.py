@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,42 @@ def test_columns_that_do_not_tell(here: Path) -> None:
     assert made.data.fields == given
     made, _ = starting_yaml("teacher", "1", "own.jsonl", method="kd", output="m", fields={"instruction": "foo"})
     assert made.data.responses == "teacher"
+
+
+def test_a_column_that_is_not_there(here: Path) -> None:
+    with pytest.raises(DataError, match="no column anser; .* did you mean 'answer'"):
+        fields = {"instruction": "question", "output": "anser"}
+        starting_yaml("teacher", "1", "rows.jsonl", method="kd", output="mine", fields=fields)
+    with pytest.raises(ConfigError, match="--fields"):
+        starting_yaml("teacher", "1", "samsum", method="kd", output="mine", fields={"document": "text"})
+
+
+def test_a_teacher_by_its_name_chats_or_does_not(here: Path) -> None:
+    for name, template in (("owner/gpt2-italian", "alpaca"), ("owner/gemma-2b-it", "chat"), ("it/base", "alpaca")):
+        made, _ = starting_yaml(name, "1", "rows.jsonl", method="kd", output="mine")
+        assert made.data.prompt == template
+
+
+def test_what_is_advised_can_be_given_to_a_shell(here: Path) -> None:
+    shown = run(
+        "init", "my run.yaml", "--teacher", "teacher", "--student", "1", "--data", "rows.jsonl", "--output", "a b"
+    )
+    lines = [shlex.split(line) for line in shown.output.splitlines() if line.startswith("  distillm ")]
+    assert lines[0] == ["distillm", "check", "my run.yaml"]
+    assert lines[1][3:] == ["method.name=sft", "output=a b-first"]
+    assert lines[2][3:] == ["student.layers=null", "student.path=a b-first/student"]
+    (here / "-x.yaml").write_text("student: {layers: 1}\n")
+    (here / "folder.yaml").mkdir()
+    (here / "gone.yaml").symlink_to("nowhere")
+    shown = run()
+    assert "check 'my run.yaml'" in shown.output
+    assert "check ./-x.yaml" in shown.output
+
+
+@pytest.mark.parametrize("text", ["a\x7fb", "a\x85b", "a\u2028b", "a\ufeffb", "caf\u00e9", "\U0001f600"])
+def test_any_text_comes_back_from_yaml(text: str, here: Path) -> None:
+    made, _ = starting_yaml("teacher", "1", "rows.jsonl", method="kd", output=text)
+    assert made.output == text
 
 
 def test_a_name_that_could_break_out_of_yaml(here: Path) -> None:
