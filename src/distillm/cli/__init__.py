@@ -1,5 +1,6 @@
 """The command line. Heavy modules are imported inside the commands, so that help is quick."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -81,6 +82,8 @@ def main() -> None:
     # Read by GNU's OpenMP when torch is loaded. Its threads spin for milliseconds at each barrier: beside one
     # busy program on two cores that makes a pass several times slower, and idle ones gain nothing (docs/log.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal has no character for is written out, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except DistillmError as error:
