@@ -106,8 +106,8 @@ def test_columns_that_do_not_tell(here: Path) -> None:
 
 
 def test_a_column_that_is_not_there(here: Path) -> None:
-    with pytest.raises(DataError, match="no column anser; .* did you mean 'answer'"):
-        fields = {"instruction": "question", "output": "anser"}
+    fields = {"instruction": "question", "output": "anser"}
+    with pytest.raises(DataError, match=r"no column anser; .* did you mean 'answer'"):
         starting_yaml("teacher", "1", "rows.jsonl", method="kd", output="mine", fields=fields)
     with pytest.raises(ConfigError, match="--fields"):
         starting_yaml("teacher", "1", "samsum", method="kd", output="mine", fields={"document": "text"})
