@@ -223,6 +223,16 @@ def test_the_command_names_no_place_and_no_person(tmp_path: Path, command: Any, 
 # ------------------------------------------------------------------------------------------------------------ hostile
 
 
+def test_rows_that_were_held_out_are_told(tmp_path: Path):
+    rows = {"provenance": {"rows": {"train": 30, "validation": 5}}}
+    text = configured(tmp_path / "run", data={"train": "a.jsonl", "validation": None, "test_size": 5}, **rows)
+    assert "- Trained on: `a.jsonl`, 30 rows\n- Chosen by: 5 more rows of the same\n" in text
+    assert "- The test set `held_out`: rows of the same, which were not trained on" in text
+    text = configured(tmp_path / "other", data={"train": "a.jsonl", "validation": "b.jsonl"}, **rows)
+    assert "Chosen by: `b.jsonl`, 5 rows" in text
+    assert "held_out" not in text
+
+
 def structure(text: str) -> list[tuple[str, str, int]]:
     """What a reader of Markdown makes of the card, without the words."""
     body = ModelCard(text).text

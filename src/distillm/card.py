@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .config import Run, recipes
+from .data_settings import HELD_OUT
 from .errors import DistillmError
 from .explain import flat
 from .known import known
@@ -338,6 +339,10 @@ def _data(run: RunFolder) -> list[str]:
             unit = "windows" if key == "text" else "rows"
             counted = "" if count is None else f", {count:.0f} {unit}"
             lines.append(f"- {said}: {code(_data_name(run, data[key]))}{counted}")
+        elif key == "validation" and (count := number_in(rows, key)):
+            lines.append(f"- {said}: {count:.0f} more rows of the same")
+    if data.get("test_size") is not None:
+        lines.append(f"- The test set {code(HELD_OUT)}: rows of the same, which were not trained on")
     if data.get("task"):
         lines.append(f"- Task: {code(_public(run, str(data['task'])))}")
     wrote = data.get("responses") == "teacher" or method_name(run) == "seqkd"
