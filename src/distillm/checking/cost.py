@@ -190,7 +190,8 @@ def _writing(subject: Subject) -> Iterator[Work]:
     answers = scored * len(seeds_used(run.evaluation.seeds, make_sampling(run, run.evaluation.temperature)))
     validations = subject.steps / _every(subject) + 1
     monitored = (run.validation.select, run.method.trigger if isinstance(run.method, Distillation) else "")
-    asked = run.validation.samples + (run.validation.rouge_rows if "rouge_l" in monitored else 0)
+    rows = len(subject.rows.validation.examples)
+    asked = min(run.validation.samples, rows) + (min(run.validation.rouge_rows, rows) if "rouge_l" in monitored else 0)
     answers *= 1 + ("before" in run.evaluation.compare)
     writes = _writes(subject, "student")
     mix = run.method.teacher_mix if isinstance(run.method, MiniLlm) else 0.0
