@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import ConfigError, DataError
+from ..paths import is_dir
 from ..screen import visible
 from .page import render
 from .read import RunFolder, read_runs
@@ -85,14 +86,21 @@ def state_of(paths: Sequence[Path]) -> str:
     """A short word that changes whenever a file changes that the report reads."""
     seen = hashlib.sha256()
     for path in paths:
-        for file in [path / "run.yaml", *sorted(path.glob("*.jsonl")), *sorted(path.glob("eval/*.json"))]:
+        for file in _files(path):
             try:
                 found = file.stat()
                 seen.update(f"{file}\0{found.st_mtime_ns}\0{found.st_size}\0".encode(errors="replace"))
             except OSError:
                 seen.update(f"{file}\0absent\0".encode(errors="replace"))
-        seen.update(f"{path.is_dir()}{(path / 'student').is_dir()}".encode())
+        seen.update(f"{is_dir(path)}{is_dir(path / 'student')}".encode())
     return seen.hexdigest()[:16]
+
+
+def _files(path: Path) -> list[Path]:
+    try:
+        return [path / "run.yaml", *sorted(path.glob("*.jsonl")), *sorted(path.glob("eval/*.json"))]
+    except OSError:  # a folder that is deleted as it is read
+        return []
 
 
 def live_page(paths: Sequence[Path], version: str) -> str:
