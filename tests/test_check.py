@@ -88,6 +88,14 @@ def test_a_chat_template_that_is_not_used_where_there_is_nothing_to_compare(taug
     assert "template" in {finding.name for finding in checked.findings}
 
 
+def test_a_chat_template_that_does_not_work_and_is_not_used(taught: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for name in ("teacher", "student"):
+        save(tiny_model("llama", layers=1), tiny_tokenizer(chat_template="{{ raise_exception('no') }}"), folder / name)
+    found(taught, tmp_path, teacher__path=str(folder / "teacher"), student__path=str(folder / "student"))
+
+
 def test_no_end_token(taught: Path, tmp_path: Path) -> None:
     """The chat template ends turns by a token at which no model stops."""
     folder = tmp_path / "other"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ from ..caching import size
 from ..config import Run
 from ..data import LengthReport
 from ..data_settings import Data
+from ..errors import DistillmError
 from ..generation import truncated
 from ..paths import is_file
 from ..readers import LocalTeacher
@@ -262,7 +264,10 @@ def _template(subject: Subject) -> Iterator[Finding]:
         return
     others = [name for name in spec.templates if name != data.prompt]
     others += [CHAT] if _has_chat_template(subject) and data.prompt != CHAT else []
-    spelled = {name: _spelled(subject, data.model_copy(update={"template": name})) for name in [data.prompt, *others]}
+    spelled = {data.prompt: _spelled(subject, data)}
+    for name in others:
+        with suppress(DistillmError):  # such as a chat template that does not work, which the run does not use
+            spelled[name] = _spelled(subject, data.model_copy(update={"template": name}))
     common = set.intersection(*({e.id for e in rows} for rows in spelled.values()))
     if not common:
         return
