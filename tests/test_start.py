@@ -207,6 +207,8 @@ def test_settings_and_sources_are_completed(here: Path) -> None:
     (here / "run.yaml").touch()
     assert complete.sources("ru") == ["run.yaml"]
     assert complete.sources("teach") == ["teacher/"]
+    assert complete.sources("./ru") == ["./run.yaml"]
+    assert complete.sources(f"{here}/ru") == [f"{here}/run.yaml"]
     some = next(iter(recipes()))
     assert some in complete.sources(some[:4])
 
