@@ -233,6 +233,20 @@ def test_rows_that_were_held_out_are_told(tmp_path: Path):
     assert "held_out" not in text
 
 
+def test_a_student_chosen_by_another_figure_is_not_that_of_the_best_before(tmp_path: Path):
+    folder = tmp_path / "run"
+    assert "The weights are those of step" in configured(folder)
+    event = {
+        "kind": "event",
+        "step": 20,
+        "event": "resumed",
+        "message": "with changed settings: validation.select=rouge_l",
+    }
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(event) + "\n")
+    assert "The weights are those of step" not in card_of(read_run(folder))
+
+
 def structure(text: str) -> list[tuple[str, str, int]]:
     """What a reader of Markdown makes of the card, without the words."""
     body = ModelCard(text).text

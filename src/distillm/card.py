@@ -308,7 +308,12 @@ def _method(run: RunFolder) -> list[str]:
     if last is not None:
         of = f" of {planned}" if planned and planned != last else ""
         lines.append(f"Trained for {last}{of} steps" + (f" of {batch:.0f} rows." if batch else "."))
-    best = [event["step"] for event in run.events if event.get("event") == "best"]
+    best: list[int] = []
+    for event in run.events:
+        if event.get("event") == "best":
+            best.append(event["step"])
+        elif event.get("event") == "resumed" and "validation.select=" in str(event.get("message")):
+            best = []  # the best by one figure says nothing about another
     lost = any(event.get("event") == "damaged" and event["step"] == last for event in run.events)
     if best and not lost:
         lines.append(f"The weights are those of step {best[-1]}, the best by validation.")
