@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +20,7 @@ from urllib.parse import urlsplit
 from ..errors import ConfigError, DataError
 from ..paths import is_dir
 from ..screen import visible
-from .page import render
+from .page import asset, render
 from .read import RunFolder, read_runs
 
 PAUSE = 2.0
@@ -120,12 +119,12 @@ def live_page(paths: Sequence[Path], version: str) -> str:
         first = replace(runs[0], notes=[*missing, *runs[0].notes])
         return _living(render([first, *runs[1:]]), version)
     said = "\n".join(f'<p class="quiet">{html.escape(visible(text))}</p>' for text in missing)
-    return _living(_WAITING.format(style=_asset("style.css"), said=said), version)
+    return _living(_WAITING.format(style=asset("style.css"), said=said), version)
 
 
 def _living(page: str, version: str) -> str:
     """``page`` with the script that asks for changes, which its policy lets run and ask this server alone."""
-    script = _asset("live.js")
+    script = asset("live.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
 
     def wider(found: re.Match[str]) -> str:
@@ -140,10 +139,6 @@ def _living(page: str, version: str) -> str:
     head, end, tail = page.rpartition("</body>")
     note = f'<p class="quiet" id="live" role="status" data-version="{version}">This page follows the run.</p>\n'
     return f"{head}{note}<script>{script}</script>\n{end}{tail}"
-
-
-def _asset(name: str) -> str:
-    return (files("distillm.report") / name).read_text(encoding="utf-8")
 
 
 class LiveServer(ThreadingHTTPServer):
