@@ -43,6 +43,18 @@ def test_alone_it_says_how_to_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "distillm init" in shown.output
 
 
+def test_much_that_is_there_is_said_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        Path(f"{name}.yaml").write_text("student: {layers: 1}\n")
+        Path(name).mkdir()
+        for file in ("run.yaml", "metrics.jsonl"):
+            Path(name, file).touch()
+    said = run().output
+    assert "left out" not in said
+    assert all(f"watch {name}" in said and f"train {name}.yaml" in said for name in "abc")
+
+
 def test_the_path_of_a_newcomer(here: Path) -> None:
     """Each command that is advised is given as it stands, to the end: a student that answers."""
     shown = run("init", "--teacher", "teacher", "--student", "1", "--data", "rows.jsonl", "--output", "mine")

@@ -11,7 +11,7 @@ import typer
 from .. import __version__
 from ..errors import DistillmError, StorageError
 from ..listing import datasets
-from ..screen import on_screen
+from ..screen import on_screen, visible
 from .cache import cache_app
 from .check import check
 from .judge import judge
@@ -74,7 +74,7 @@ def _main(
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        typer.echo(on_screen(next_steps(Path.cwd())))
+        typer.echo(visible(next_steps(Path.cwd())))
 
 
 def main() -> None:
