@@ -21,7 +21,7 @@ from ..errors import ConfigError, DataError
 from ..paths import is_dir
 from ..screen import visible
 from .page import asset, render
-from .read import RunFolder, read_runs
+from .read import RunFolder, named, read_run, read_runs
 
 PAUSE = 2.0
 """Seconds at least between two renderings."""
@@ -112,12 +112,12 @@ def live_page(paths: Sequence[Path], version: str) -> str:
     missing: list[str] = []
     for path in paths:
         try:
-            runs += read_runs([path])
+            runs.append(read_run(path))
         except DataError as error:
             missing.append(str(error))
     if runs:
-        first = replace(runs[0], notes=[*missing, *runs[0].notes])
-        return _living(render([first, *runs[1:]]), version)
+        first, *others = named(runs)
+        return _living(render([replace(first, notes=[*missing, *first.notes]), *others]), version)
     said = "\n".join(f'<p class="quiet">{html.escape(visible(text))}</p>' for text in missing)
     return _living(_WAITING.format(style=asset("style.css"), said=said), version)
 
