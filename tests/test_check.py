@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,6 +236,10 @@ def test_no_memory_and_no_disk(made: Path, tmp_path: Path, monkeypatch: pytest.M
     assert "memory" in grave(checked)
     text = next(f.text for f in checked.findings if f.name == "memory")
     assert "are free" in text
+    monkeypatch.undo()
+    assert "disk" not in grave(found(made, tmp_path))
+    monkeypatch.setattr(cost.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))  # pyright: ignore[reportUnknownLambdaType]
+    assert "disk" in grave(found(made, tmp_path))
 
 
 METHODS: list[dict[str, Any]] = [
