@@ -96,6 +96,7 @@ def test_what_stands_in_the_file(here: Path) -> None:
         ({"source": "a", "target": "b"}, "translation", "dataset"),
         ({"dialogue": "a", "summary": "b"}, "summarization", "dataset"),
         ({"text": "Say a."}, "instruction", "teacher"),
+        ({"instruction": "Say a.", "output": None}, "instruction", "teacher"),
         ({"prompt": "Say a.", "source": "web"}, "instruction", "teacher"),
     ],
 )

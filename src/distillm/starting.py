@@ -75,7 +75,8 @@ def _look(teacher: str, data: str, given: Mapping[str, str]) -> Found:
             raise ConfigError(f"--fields is for data of your own: {data} is known, and its columns with it")
         return Found(entry.task or "instruction", {}, entry.splits.get("train"), answered=True, chat=chat)
     rows = read_rows(data)
-    columns = [str(name) for name in dict.fromkeys(name for row in rows[:SAMPLE] for name in row)]
+    held = (name for row in rows[:SAMPLE] for name, value in row.items() if value is not None)
+    columns = [str(name) for name in dict.fromkeys(held)]
     task, fields, answered = _read_as(data, columns, given)
     spec = load_task(task)
     lengths = None
