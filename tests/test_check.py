@@ -117,7 +117,16 @@ def test_end_tokens_inside_the_responses(taught: Path, tmp_path: Path) -> None:
 
 def test_responses_of_the_teacher_that_never_end(made: Path, tmp_path: Path) -> None:
     checked = found(made, tmp_path, data__responses="teacher", generation__max_new_tokens=4)
-    assert any(f.name == "end" and "to stop" in f.text for f in checked.wrong)
+    assert any(f.name == "end" and f.text.startswith("4 of 4") for f in checked.wrong)
+
+
+def test_a_response_of_a_few_that_is_cut_is_worth_a_thought(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = iter([True, False, False, False])
+    monkeypatch.setattr("distillm.checking.mistakes.truncated", lambda *_: next(cut))  # pyright: ignore[reportUnknownLambdaType]
+    checked = found(made, tmp_path, data__responses="teacher", generation__max_new_tokens=4)
+    assert [f.grave for f in checked.findings if f.name == "end"] == [False]
 
 
 @pytest.mark.parametrize("limit", ["prompt", "response"])

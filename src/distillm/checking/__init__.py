@@ -81,9 +81,10 @@ def _subject(run: Run, folder: RunFolder, display: Display) -> Subject:
     steps = total_steps(run, rows.train)
     responses = teacher_responses(run, models, server, folder, display, Stop())
 
-    train = sorted(rows.train.examples, key=lambda e: len(e.tokens), reverse=True)[: run.train.micro_batch_size]
+    longest = sorted(rows.train.examples, key=lambda e: len(e.tokens), reverse=True)
+    train = longest[: run.train.micro_batch_size]
     if run.teacher_writes:
-        few = replace(rows.train, examples=train[:WRITTEN])
+        few = replace(rows.train, examples=longest[:WRITTEN])
         train = answered(few, models, responses, by_teacher="all").examples
     else:  # a row without a response ends the run
         for each in (rows.train, rows.validation, *rows.tests.values()):

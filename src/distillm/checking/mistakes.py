@@ -176,7 +176,8 @@ def _rounded(length: int) -> int:
 def _ends(subject: Subject) -> Iterator[Finding]:
     """Whether a response ends, once, and by a token at which models stop."""
     run, models = subject.run, subject.models
-    answered = [e for e in subject.rows.train.examples if any(e.targets)] or subject.train
+    whole = [e for e in subject.rows.train.examples if any(e.targets)]
+    answered = whole or subject.train  # a few, which tell less
     ends = models.end_ids
     twice = sum(any(token in ends for token in last_turn(e).response[:-1]) for e in answered)
     end = models.tokenizer.convert_ids_to_tokens(end_of_response(run.data, models))
@@ -193,6 +194,7 @@ def _ends(subject: Subject) -> Iterator[Finding]:
             "end", f"{endless} of {len(answered)} responses do not end with an end token: the student would not learn "
             "to stop.",
             "Raise generation.max_new_tokens, where the teacher writes them; else look at the tokenizer's end token.",
+            grave=bool(whole) or endless > len(answered) / 2,
         )  # fmt: skip
     if run.data.prompt == CHAT and (closing := _closing(subject)):
         yield Finding(
