@@ -223,6 +223,30 @@ def test_the_command_names_no_place_and_no_person(tmp_path: Path, command: Any, 
 # ------------------------------------------------------------------------------------------------------------ hostile
 
 
+def test_rows_that_were_held_out_are_told(tmp_path: Path):
+    rows = {"provenance": {"rows": {"train": 30, "validation": 5}}}
+    text = configured(tmp_path / "run", data={"train": "a.jsonl", "validation": None, "test_size": 5}, **rows)
+    assert "- Trained on: `a.jsonl`, 30 rows\n- Chosen by: 5 more rows of the same\n" in text
+    assert "- The test set `held_out`: rows of the same, which were not trained on" in text
+    text = configured(tmp_path / "other", data={"train": "a.jsonl", "validation": "b.jsonl"}, **rows)
+    assert "Chosen by: `b.jsonl`, 5 rows" in text
+    assert "held_out" not in text
+
+
+def test_a_student_chosen_by_another_figure_is_not_that_of_the_best_before(tmp_path: Path):
+    folder = tmp_path / "run"
+    assert "The weights are those of step" in configured(folder)
+    event = {
+        "kind": "event",
+        "step": 20,
+        "event": "resumed",
+        "message": "with changed settings: validation.select=rouge_l",
+    }
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(event) + "\n")
+    assert "The weights are those of step" not in card_of(read_run(folder))
+
+
 def structure(text: str) -> list[tuple[str, str, int]]:
     """What a reader of Markdown makes of the card, without the words."""
     body = ModelCard(text).text

@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +16,7 @@ from typer.testing import CliRunner
 from distillm.checking import Checked, check, mistakes
 from distillm.cli import app
 from distillm.config import load_run
-from distillm.errors import ConfigError, ModelError
+from distillm.errors import ConfigError, DataError, ModelError
 from tiny import CHAT_TEMPLATE, save, tiny_model, tiny_tokenizer
 from tiny_run import materials, rows, settings, tiny_run, write_rows
 
@@ -86,6 +90,14 @@ def test_a_chat_template_that_is_not_used_where_there_is_nothing_to_compare(taug
     assert "template" in {finding.name for finding in checked.findings}
 
 
+def test_a_chat_template_that_does_not_work_and_is_not_used(taught: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for name in ("teacher", "student"):
+        save(tiny_model("llama", layers=1), tiny_tokenizer(chat_template="{{ raise_exception('no') }}"), folder / name)
+    found(taught, tmp_path, teacher__path=str(folder / "teacher"), student__path=str(folder / "student"))
+
+
 def test_no_end_token(taught: Path, tmp_path: Path) -> None:
     """The chat template ends turns by a token at which no model stops."""
     folder = tmp_path / "other"
@@ -106,7 +118,16 @@ def test_end_tokens_inside_the_responses(taught: Path, tmp_path: Path) -> None:
 
 def test_responses_of_the_teacher_that_never_end(made: Path, tmp_path: Path) -> None:
     checked = found(made, tmp_path, data__responses="teacher", generation__max_new_tokens=4)
-    assert any(f.name == "end" and "to stop" in f.text for f in checked.wrong)
+    assert any(f.name == "end" and f.text.startswith("4 of 4") for f in checked.wrong)
+
+
+def test_a_response_of_a_few_that_is_cut_is_worth_a_thought(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = iter([True, False, False, False])
+    monkeypatch.setattr("distillm.checking.mistakes.truncated", lambda *_: next(cut))  # pyright: ignore[reportUnknownLambdaType]
+    checked = found(made, tmp_path, data__responses="teacher", generation__max_new_tokens=4)
+    assert [f.grave for f in checked.findings if f.name == "end"] == [False]
 
 
 @pytest.mark.parametrize("limit", ["prompt", "response"])
@@ -136,6 +157,48 @@ def test_a_teacher_that_is_worse_than_the_student(taught: Path, tmp_path: Path) 
     models = {"teacher__path": str(taught / "student"), "student__path": str(taught / "teacher")}
     checked = found(taught, tmp_path, data__template="chat", **models)
     assert "teacher" in grave(checked)
+
+
+def test_a_teacher_is_asked_what_it_reads_in_training(taught: Path, tmp_path: Path) -> None:
+    """The same weights twice, of which the teacher alone has the template that they know."""
+    changes = {"student__path": str(taught / "teacher"), "data__template": "{{ instruction }} -> "}
+    assert "teacher" not in grave(found(taught, tmp_path, data__teacher_template="chat", **changes))
+
+
+def test_a_teacher_that_does_not_teach_may_be_worse(taught: Path, tmp_path: Path) -> None:
+    models = {"teacher__path": str(taught / "student"), "student__path": str(taught / "teacher")}
+    checked = found(taught, tmp_path, data__template="chat", method={"name": "sft"}, **models)
+    assert checked.wrong == []
+
+
+@pytest.mark.parametrize("which", ["data__train", "data__validation", "data__test"])
+def test_a_row_without_a_response_ends_the_check_as_it_would_the_run(which: str, taught: Path, tmp_path: Path) -> None:
+    some = rows(12)
+    some[3]["output"] = None
+    file = str(write_rows(tmp_path / "some.jsonl", some))
+    changes: dict[str, Any] = {which: {"some": file} if which == "data__test" else file}
+    with pytest.raises(DataError, match="some:3 has no response"):
+        found(taught, tmp_path, data__template="chat", **changes)
+
+
+def test_a_single_row(taught: Path, tmp_path: Path) -> None:
+    one = str(write_rows(tmp_path / "one.jsonl", rows(1)))
+    assert "length" in grave(found(taught, tmp_path, data__train=one, generation__max_new_tokens=1))
+
+
+def test_as_many_rows_left_out_as_cut(taught: Path, tmp_path: Path) -> None:
+    long = [{"instruction": "Say one two. " * 9, "output": "one"}] * 2
+    empty = [{"instruction": "Say.", "output": ""}] * 2
+    file = str(write_rows(tmp_path / "some.jsonl", long + empty + rows(8)))
+    cut = [f for f in found(taught, tmp_path, data__train=file, data__template="chat").wrong if f.name == "cut"]
+    assert [("data.max_prompt=" in f.advice, "left out" in f.text) for f in cut] == [(True, False), (False, True)]
+
+
+def test_a_skew_of_zero_is_none(made: Path, tmp_path: Path) -> None:
+    for alpha, names in ((0.1, {"start"}), (0.0, set[str]())):
+        method = {"name": "kd", "divergence": "skew_kl", "alpha": alpha}
+        checked = found(made, tmp_path, student={"layers": 1}, method=method)
+        assert {f.name for f in checked.findings} & {"start"} == names
 
 
 def test_a_teacher_that_is_the_student(taught: Path, tmp_path: Path) -> None:
@@ -183,6 +246,10 @@ def test_no_memory_and_no_disk(made: Path, tmp_path: Path, monkeypatch: pytest.M
     assert "memory" in grave(checked)
     text = next(f.text for f in checked.findings if f.name == "memory")
     assert "are free" in text
+    monkeypatch.undo()
+    assert "disk" not in grave(found(made, tmp_path))
+    monkeypatch.setattr(cost.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))  # pyright: ignore[reportUnknownLambdaType]
+    assert "disk" in grave(found(made, tmp_path))
 
 
 METHODS: list[dict[str, Any]] = [
@@ -272,6 +339,16 @@ def test_the_command_shows_rows_costs_and_findings(taught: Path, tmp_path: Path)
     shown = CliRunner().invoke(app, ["check", str(path), "generation.max_new_tokens=2"])
     assert shown.exit_code == 2
     assert "✗ length" in shown.output
+
+
+def test_a_terminal_that_knows_but_ascii(made: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "run.yaml", [settings(made, tmp_path / "run", {"train.steps": 2})])
+    shown = subprocess.run(
+        [sys.executable, "-m", "distillm", "check", str(path)],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "[[on|e| and| |on|e|</s>]]" in shown.stdout, shown.stderr
+    assert "x teacher" in shown.stdout
 
 
 def test_a_setting_that_cannot_be_used_is_said_at_once(tmp_path: Path) -> None:

@@ -184,6 +184,16 @@ def test_rows_are_held_out_for_validation_where_none_are_given(made: Path, tmp_p
         distill(tiny_run(made, tmp_path / "few", changes | {"data.train": str(tmp_path / "few.jsonl")}))
 
 
+@pytest.mark.parametrize("responses", ["dataset", "teacher"])
+def test_rows_that_are_held_out_for_the_test_keep_their_own_responses(made: Path, tmp_path: Path, responses: str):
+    changes = SHORT | {"data.test": {}, "data.test_size": 2, "data.responses": responses, "evaluation.limit": 1}
+    folder = distill(tiny_run(made, tmp_path / "run", changes))
+    scored = json.loads((folder / "eval" / "held_out-student.json").read_text(encoding="utf-8"))
+    (row,) = scored["predictions"]
+    number = int(row["id"].removeprefix("train:"))
+    assert row["references"] == [rows(12)[number]["output"]]
+
+
 # ------------------------------------------------------------------------------------------------ numbers that explode
 
 

@@ -72,6 +72,20 @@ def test_the_student_goes_whole_and_nothing_else_does(server: Hub, run: Path):
     assert not [path for path in run.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 
+def test_a_link_out_of_the_folder_stays_and_one_into_the_hubs_cache_goes(model: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(model, tmp_path / "hub" / "snapshots" / "rev"))
+    (tmp_path / "private").write_text("private")
+    (folder / "LICENSE").symlink_to(tmp_path / "private")
+    (folder / "NOTICE").symlink_to("LICENSE")
+    (folder / "vocab.txt").symlink_to("config.json")
+    (tmp_path / "hub" / "blobs").mkdir()
+    (folder / "model.safetensors").rename(tmp_path / "hub" / "blobs" / "abc")
+    (folder / "model.safetensors").symlink_to("../../blobs/abc")
+    parcel = parcel_of(str(folder))
+    assert {"model.safetensors", "vocab.txt"} <= parcel.files.keys()
+    assert {"LICENSE, a link out of the folder", "NOTICE, a link out of the folder"} <= set(parcel.left_out)
+
+
 def test_a_dry_run_asks_the_hub_nothing(server: Hub, run: Path):
     done = push(server, run, "me/kitchen", "--dry-run", token=None)
     assert done.returncode == 0, done.stderr

@@ -111,6 +111,17 @@ def test_long_and_many_answers_are_cut_and_told(tmp_path: Path):
     assert answers(read_run(run), 40_000)[0].groups == "worst"
 
 
+def test_where_the_worst_is_too_long_shorter_ones_are_shown_and_where_all_are_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = run_with(tmp_path, [row(0, *[1.0] * MAX_TOKENS), row(1, 0.5)])
+    assert [answer.id for answer in answers(read_run(run), 2000)] == ["r1"]
+    monkeypatch.setattr("distillm.report.page.TOKEN_BYTES", 10)
+    page = report(run)
+    assert "2 further answers are left out" in page.source
+    assert "Nats at a token" not in page.source
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.text(max_size=12), min_size=1, max_size=8))
 def test_any_tokens_are_shown_as_they_are(tmp_path_factory: pytest.TempPathFactory, texts: list[str]):

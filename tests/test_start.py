@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,18 @@ def test_alone_it_says_how_to_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert shown.exit_code == 0
     assert "distillm demo" in shown.output
     assert "distillm init" in shown.output
+
+
+def test_much_that_is_there_is_said_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        Path(f"{name}.yaml").write_text("student: {layers: 1}\n")
+        Path(name).mkdir()
+        for file in ("run.yaml", "metrics.jsonl"):
+            Path(name, file).touch()
+    said = run().output
+    assert "left out" not in said
+    assert all(f"watch {name}" in said and f"train {name}.yaml" in said for name in "abc")
 
 
 def test_the_path_of_a_newcomer(here: Path) -> None:
@@ -83,6 +96,7 @@ def test_what_stands_in_the_file(here: Path) -> None:
         ({"source": "a", "target": "b"}, "translation", "dataset"),
         ({"dialogue": "a", "summary": "b"}, "summarization", "dataset"),
         ({"text": "Say a."}, "instruction", "teacher"),
+        ({"instruction": "Say a.", "output": None}, "instruction", "teacher"),
         ({"prompt": "Say a.", "source": "web"}, "instruction", "teacher"),
     ],
 )
@@ -102,6 +116,42 @@ def test_columns_that_do_not_tell(here: Path) -> None:
     assert made.data.fields == given
     made, _ = starting_yaml("teacher", "1", "own.jsonl", method="kd", output="m", fields={"instruction": "foo"})
     assert made.data.responses == "teacher"
+
+
+def test_a_column_that_is_not_there(here: Path) -> None:
+    fields = {"instruction": "question", "output": "anser"}
+    with pytest.raises(DataError, match=r"no column anser; .* did you mean 'answer'"):
+        starting_yaml("teacher", "1", "rows.jsonl", method="kd", output="mine", fields=fields)
+    with pytest.raises(ConfigError, match="--fields"):
+        starting_yaml("teacher", "1", "samsum", method="kd", output="mine", fields={"document": "text"})
+
+
+def test_a_teacher_by_its_name_chats_or_does_not(here: Path) -> None:
+    for name, template in (("owner/gpt2-italian", "alpaca"), ("owner/gemma-2b-it", "chat"), ("it/base", "alpaca")):
+        made, _ = starting_yaml(name, "1", "rows.jsonl", method="kd", output="mine")
+        assert made.data.prompt == template
+
+
+def test_what_is_advised_can_be_given_to_a_shell(here: Path) -> None:
+    shown = run(
+        "init", "my run.yaml", "--teacher", "teacher", "--student", "1", "--data", "rows.jsonl", "--output", "a b"
+    )
+    lines = [shlex.split(line) for line in shown.output.splitlines() if line.startswith("  distillm ")]
+    assert lines[0] == ["distillm", "check", "my run.yaml"]
+    assert lines[1][3:] == ["method.name=sft", "output=a b-first"]
+    assert lines[2][3:] == ["student.layers=null", "student.path=a b-first/student"]
+    (here / "-x.yaml").write_text("student: {layers: 1}\n")
+    (here / "folder.yaml").mkdir()
+    (here / "gone.yaml").symlink_to("nowhere")
+    shown = run()
+    assert "check 'my run.yaml'" in shown.output
+    assert "check ./-x.yaml" in shown.output
+
+
+@pytest.mark.parametrize("text", ["a\x7fb", "a\x85b", "a\u2028b", "a\ufeffb", "caf\u00e9", "\U0001f600"])
+def test_any_text_comes_back_from_yaml(text: str, here: Path) -> None:
+    made, _ = starting_yaml("teacher", "1", "rows.jsonl", method="kd", output=text)
+    assert made.output == text
 
 
 def test_a_name_that_could_break_out_of_yaml(here: Path) -> None:
@@ -170,6 +220,8 @@ def test_settings_and_sources_are_completed(here: Path) -> None:
     (here / "run.yaml").touch()
     assert complete.sources("ru") == ["run.yaml"]
     assert complete.sources("teach") == ["teacher/"]
+    assert complete.sources("./ru") == ["./run.yaml"]
+    assert complete.sources(f"{here}/ru") == [f"{here}/run.yaml"]
     some = next(iter(recipes()))
     assert some in complete.sources(some[:4])
 

@@ -207,6 +207,22 @@ def test_runs_that_are_not_there_yet_are_waited_for(tmp_path: Path, hasty: None)
         assert f"{tmp_path}/a&lt;b&gt;" in text
 
 
+def test_runs_of_one_name_are_told_apart_while_another_is_waited_for(tmp_path: Path):
+    runs = [fabricate(tmp_path / name / "run", num_steps=20, every=10) for name in "ab"]
+    (tmp_path / "c").mkdir()
+    page = Page(live_page([*runs, tmp_path / "c" / "run"], "0"))
+    assert [row[0] for row in page.table("All runs")[1:]] == ["a/run", "b/run"]
+
+
+def test_a_folder_that_is_deleted_as_it_is_read(run: Path, monkeypatch: pytest.MonkeyPatch):
+    def gone(self: Path, pattern: str) -> Iterator[Path]:
+        raise FileNotFoundError(2, "No such file or directory", str(self))
+
+    whole = state_of([run])
+    monkeypatch.setattr(Path, "glob", gone)
+    assert state_of([run]) != whole
+
+
 def test_half_a_line_is_left_out(tmp_path: Path):
     run = fabricate(tmp_path / "run", num_steps=30, every=10)
     with (run / "metrics.jsonl").open("a") as file:

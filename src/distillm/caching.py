@@ -110,7 +110,7 @@ def states_needed(
 ) -> Need:
     """What keeping the teacher's states would take at most in a run of ``steps`` steps."""
     assert run.teacher is not None
-    again = method.reads_teacher and not on_policy(run) and steps * run.train.batch_size > len(train)
+    again = method.reads_teacher and not _on_policy(run) and steps * run.train.batch_size > len(train)
     row_bytes = _width(models) * getattr(torch, run.teacher.dtype).itemsize
     # Test rows are read before training and after it, and not kept: `eval`, which has no cache, reads them in batches
     # and gives the very scores of the run. A server's answers have no such last bits, and cost more.
@@ -188,8 +188,7 @@ def cache_kind(given: Teacher, need: Need) -> Literal["memory", "disk", "off"]:
     return "off"
 
 
-def on_policy(run: Run) -> bool:
-    """Whether the method never trains on the data's own responses."""
+def _on_policy(run: Run) -> bool:
     return isinstance(run.method, MiniLlm | Distillm2) or (
         isinstance(run.method, Distillation) and run.method.sampling == "on_policy"
     )

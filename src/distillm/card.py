@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .config import Run, recipes
+from .data_settings import HELD_OUT
 from .errors import DistillmError
 from .explain import flat
 from .known import known
@@ -307,7 +308,12 @@ def _method(run: RunFolder) -> list[str]:
     if last is not None:
         of = f" of {planned}" if planned and planned != last else ""
         lines.append(f"Trained for {last}{of} steps" + (f" of {batch:.0f} rows." if batch else "."))
-    best = [event["step"] for event in run.events if event.get("event") == "best"]
+    best: list[int] = []
+    for event in run.events:
+        if event.get("event") == "best":
+            best.append(event["step"])
+        elif event.get("event") == "resumed" and "validation.select=" in str(event.get("message")):
+            best = []  # the best by one figure says nothing about another
     lost = any(event.get("event") == "damaged" and event["step"] == last for event in run.events)
     if best and not lost:
         lines.append(f"The weights are those of step {best[-1]}, the best by validation.")
@@ -338,6 +344,10 @@ def _data(run: RunFolder) -> list[str]:
             unit = "windows" if key == "text" else "rows"
             counted = "" if count is None else f", {count:.0f} {unit}"
             lines.append(f"- {said}: {code(_data_name(run, data[key]))}{counted}")
+        elif key == "validation" and (count := number_in(rows, key)):
+            lines.append(f"- {said}: {count:.0f} more rows of the same")
+    if data.get("test_size") is not None:
+        lines.append(f"- The test set {code(HELD_OUT)}: rows of the same, which were not trained on")
     if data.get("task"):
         lines.append(f"- Task: {code(_public(run, str(data['task'])))}")
     wrote = data.get("responses") == "teacher" or method_name(run) == "seqkd"

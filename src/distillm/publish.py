@@ -61,9 +61,10 @@ def parcel_of(source: str) -> Parcel:
             raise DataError(f"{source} has no student yet: the run has not ended. Go on with it by resume=auto")
         changed = _brought_up(run, folder / NAME)
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    files = {entry.name: entry.stat().st_size for entry in entries if entry.is_file() and _is_models(entry.name)}
+    kept = [entry for entry in entries if entry.is_file() and _is_models(entry.name) and _is_here(entry)]
+    files = {entry.name: entry.stat().st_size for entry in kept}
     _check_is_model(folder, files)
-    left_out = [entry.name + ("/" if entry.is_dir() else "") for entry in entries if entry.name not in files]
+    left_out = [_left_out(entry) for entry in entries if entry.name not in files]
     return Parcel(folder, files, left_out, changed + _notes(folder, files))
 
 
@@ -127,12 +128,24 @@ def _is_models(name: str) -> bool:
     return not set("*?[]") & set(name) and any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES)
 
 
+def _is_here(entry: Path) -> bool:
+    """Whether it is of its folder, or of the hub's cache, whose folders hold links: others may lead to any file."""
+    folder, target = entry.parent.resolve(), entry.resolve()
+    return target.is_relative_to(folder) or target.parent == folder.parent.parent / "blobs"
+
+
+def _left_out(entry: Path) -> str:
+    if not _is_here(entry):
+        return f"{entry.name}, a link out of the folder"
+    return entry.name + ("/" if entry.is_dir() else "")
+
+
 def _check_is_model(folder: Path, files: dict[str, int]) -> None:
     described = "config.json" in files or "adapter_config.json" in files
     if not described or not any(name.endswith(".safetensors") for name in files):
         raise ModelError(
             f"{folder} is no model folder: config.json (or adapter_config.json) and weights as safetensors belong in "
-            f"it; it holds {', '.join(list(files)[:8]) or 'none of the files of a model'}"
+            f"it; it holds {', '.join(list(files)[:8]) or 'none of the files of a model'}, links out of it aside"
         )
     for name, key in _ORIGINS.items():
         origin = _read(folder / name).get(key) if name in files else None

@@ -117,8 +117,10 @@ def load_rows(run: Run, read: Read, models: Models, note: Note) -> RowSets:
     # Test rows keep their own responses, where the file has any.
     tests = {name: rows(given, "test", run.evaluation.limit) for name, given in data.test.items()}
     if data.test_size is not None:
-        train, tests[HELD_OUT] = _held_out(run, train, data.test_size, "test")
-        note(f"{len(tests[HELD_OUT].examples)} rows of {data.train} are held out as the test set {HELD_OUT}")
+        train, held = _held_out(run, train, data.test_size, "test")
+        note(f"{len(held.examples)} rows of {data.train} are held out as the test set {HELD_OUT}")
+        held = replace(held, examples=held.examples[: run.evaluation.limit])
+        tests[HELD_OUT] = _with_their_own(run, read, held, models) if asked else held
     if data.validation is not None:
         validation = rows(data.validation, "validation", data.validation_size, asked=asked)
     else:
@@ -144,6 +146,18 @@ def _held_out(run: Run, train: Rows, most: int, purpose: Purpose = "validation")
     order = sources.keyed(run.seed, *key).sample(train.examples, len(train.examples))
     kept = {example.id for example in order[count:]}
     return replace(train, examples=[e for e in train.examples if e.id in kept]), replace(train, examples=order[:count])
+
+
+def _with_their_own(run: Run, read: Read, held: Rows, models: Models) -> Rows:
+    """``held`` rows of the training data, with the responses that the data have, in place of none."""
+    source = placed(run.data, run.data.train, "train")
+    if not task_of(run.data, source).any_answered(read[source]):
+        return held
+    own = tokenised(run.data, source, read[source][: run.data.limit], models, lambda _: None)
+    found = {example.id: example for example in own.examples}
+    # Of an odd row the response is empty, and the teacher's is taken.
+    references = held.references | {row: own.references[row] for row in found}
+    return replace(held, examples=[found.get(e.id, e) for e in held.examples], references=references)
 
 
 def check_room(models: Models, examples: Sequence[Example], new_tokens: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from .known import known
 from .models import load_tokenizer
 from .paths import is_dir, is_file
 from .settings_text import load_yaml
-from .tasks import CHAT, TaskSpec, load_task, tasks
+from .tasks import CHAT, TaskSpec, load_task, near, tasks
 
 SAID = {
     "instruction": ("instruction", "prompt", "question", "query", "problem", "title"),
@@ -30,6 +31,7 @@ SAID = {
 ENOUGH_STEPS = 300
 SAMPLE = 500
 """Rows whose lengths are looked at."""
+_ESCAPED = re.compile(r"[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,16 @@ def starting_yaml(
 def _look(teacher: str, data: str, given: Mapping[str, str]) -> Found:
     tokenizer = _tokenizer(teacher)
     chat = None if tokenizer is None else tokenizer.chat_template is not None
-    if chat is None and any(word in teacher.lower() for word in ("instruct", "chat", "-it")):
+    if chat is None and {"instruct", "chat", "it"} & set(re.split(r"[^a-z]+", teacher.rpartition("/")[2].lower())):
         chat = True
     entry = None if is_file(Path(data)) else known().get(data)
     if entry is not None:
+        if given:
+            raise ConfigError(f"--fields is for data of your own: {data} is known, and its columns with it")
         return Found(entry.task or "instruction", {}, entry.splits.get("train"), answered=True, chat=chat)
     rows = read_rows(data)
-    columns = [str(name) for name in dict.fromkeys(name for row in rows[:SAMPLE] for name in row)]
+    held = (name for row in rows[:SAMPLE] for name, value in row.items() if value is not None)
+    columns = [str(name) for name in dict.fromkeys(held)]
     task, fields, answered = _read_as(data, columns, given)
     spec = load_task(task)
     lengths = None
@@ -89,6 +94,10 @@ def _tokenizer(teacher: str) -> Any:
 
 def _read_as(data: str, columns: Sequence[str], given: Mapping[str, str]) -> tuple[str, dict[str, str], bool]:
     """The task whose fields the columns are, their names where they differ, and whether there are responses."""
+    there = {column.lower() for column in columns}
+    absent = [column for column in given.values() if column.lower() not in there]
+    if absent:
+        raise DataError(f"{data} has no column {absent[0]}; it has {', '.join(columns)}{near(absent[0], columns)}")
     specs = {name: load_task(name) for name in ("instruction", *sorted(set(tasks()) - {"instruction"}))}
     found = {name: _named(spec, columns, given) for name, spec in specs.items()}
     for name, spec in specs.items():  # a task whose every text is there
@@ -139,7 +148,7 @@ def _lengths(task: Task, rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> t
 
 
 def _written(teacher: str, student: str, data: str, method: str, output: str, found: Found) -> str:
-    layers = student.isdecimal()
+    layers, name = student.isdecimal(), method if method.isidentifier() else _quoted(method)
     origin = f"layers: {student}" if layers else f"path: {_quoted(student)}"
     said = "   # so many of the teacher's layers; path: takes a smaller model" if layers else ""
     batch = 16 if (found.num_rows or 10_000) >= 1000 else 8
@@ -152,7 +161,7 @@ def _written(teacher: str, student: str, data: str, method: str, output: str, fo
         "data:",
         f"  train: {_quoted(data)}",
         *_data_lines(found),
-        f"method: {{name: {method}}}   # or sft, seqkd, kd, imitkd, gkd, minillm, distillm, distillm2",
+        f"method: {{name: {name}}}   # or sft, seqkd, kd, imitkd, gkd, minillm, distillm, distillm2",
         *_generation_lines(found),
         "# On a GPU add mixed_precision: bf16. Where memory runs out, lower micro_batch_size: no result changes.",
         f"train: {{epochs: {epochs}, batch_size: {batch}, micro_batch_size: 8}}",
@@ -198,5 +207,5 @@ def _up(length: int) -> int:
 
 
 def _quoted(text: str) -> str:
-    """``text`` as YAML reads it back."""
-    return json.dumps(text, ensure_ascii=False)
+    """``text`` as YAML reads it back, which takes some characters for breaks of a line, and some not at all."""
+    return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))

@@ -5,7 +5,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from ..accounting import account_for, kept_by
 from ..assembly import make_accelerator, make_buffer, make_method
@@ -16,8 +15,7 @@ from ..folder import RunFolder
 from ..kept_teacher import KeptTeacher
 from ..loading import load_models
 from ..project import Stop, responses_server, teacher_responses, total_steps
-from ..rows import Rows, answered, load_rows, read_data
-from ..types import Example
+from ..rows import answered, load_rows, read_data
 from .cost import Cost, estimate
 from .mistakes import Finding, of_cost, of_data, of_models, of_settings
 from .subject import Subject
@@ -83,14 +81,14 @@ def _subject(run: Run, folder: RunFolder, display: Display) -> Subject:
     steps = total_steps(run, rows.train)
     responses = teacher_responses(run, models, server, folder, display, Stop())
 
-    def some(rows: Rows, count: int, *, by_teacher: Literal["all", "missing"]) -> list[Example]:
-        """The longest rows, with responses: of those that the teacher has to write, a few."""
-        longest = sorted(rows.examples, key=lambda e: len(e.tokens), reverse=True)
-        writes = by_teacher == "all" or not any(any(e.targets) for e in longest)
-        kept = longest[: min(count, WRITTEN) if writes else count]
-        return answered(replace(rows, examples=kept), models, responses, by_teacher=by_teacher).examples
-
-    train = some(rows.train, run.train.micro_batch_size, by_teacher="all" if run.teacher_writes else "missing")
+    longest = sorted(rows.train.examples, key=lambda e: len(e.tokens), reverse=True)
+    train = longest[: run.train.micro_batch_size]
+    if run.teacher_writes:
+        few = replace(rows.train, examples=longest[:WRITTEN])
+        train = answered(few, models, responses, by_teacher="all").examples
+    else:  # a row without a response ends the run
+        for each in (rows.train, rows.validation, *rows.tests.values()):
+            answered(each, models, responses, by_teacher="none")
     asked = run.data.responses == "teacher" or not any(any(e.targets) for e in rows.validation.examples)
     validation = train if asked else [e for e in rows.validation.examples if any(e.targets)][:READ]
     method = make_method(run, models, train, rows.text, make_buffer(run, len(rows.train.examples)))

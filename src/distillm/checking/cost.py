@@ -17,7 +17,7 @@ from ..assembly import make_optimizer, make_sampling
 from ..caching import MEMORY_SHARE, Need, cache_kind, states_needed
 from ..checkpoint import student_tensors
 from ..evaluation.run import seeds_used
-from ..generation import generate
+from ..generation import Mixture, generate
 from ..method_settings import Distillation, Distillm2, MiniLlm
 from ..sources import Draw, steps_per_epoch
 from ..train import training_steps
@@ -189,10 +189,14 @@ def _writing(subject: Subject) -> Iterator[Work]:
     scored = len(subject.scored)
     answers = scored * len(seeds_used(run.evaluation.seeds, make_sampling(run, run.evaluation.temperature)))
     validations = subject.steps / _every(subject) + 1
-    asked = run.validation.samples + (run.validation.rouge_rows if run.validation.select == "rouge_l" else 0)
+    monitored = (run.validation.select, run.method.trigger if isinstance(run.method, Distillation) else "")
+    rows = len(subject.rows.validation.examples)
+    asked = min(run.validation.samples, rows) + (min(run.validation.rouge_rows, rows) if "rouge_l" in monitored else 0)
     answers *= 1 + ("before" in run.evaluation.compare)
     writes = _writes(subject, "student")
-    yield writes.of("generation", _written(subject) * each)
+    mix = run.method.teacher_mix if isinstance(run.method, MiniLlm) else 0.0
+    drawn = _writes(subject, "student", mix) if mix else writes
+    yield drawn.of("generation", _written(subject) * each)
     yield writes.of("validation", validations * asked * each)
     yield writes.of("scoring", answers * each)
     teacher = subject.models.teacher
@@ -219,8 +223,11 @@ def _measuring(subject: Subject, student: Rate, teacher: Rate | None) -> Iterato
         yield teacher.of("scoring", scored)
 
 
-def _writes(subject: Subject, writer: Literal["student", "teacher"]) -> Rate:
-    """A few tokens of answers to the longest prompts, as many at a time as the run would write."""
+def _writes(subject: Subject, writer: Literal["student", "teacher"], teacher_mix: float = 0.0) -> Rate:
+    """A few tokens of answers to the longest prompts, as many at a time as the run would write.
+
+    ``teacher_mix`` is the teacher's share of what they are drawn from.
+    """
     run, models = subject.run, subject.models
     model = models.student if writer == "student" else models.teacher
     assert model is not None
@@ -237,6 +244,7 @@ def _writes(subject: Subject, writer: Literal["student", "teacher"]) -> Rate:
         num_tokens=models.pair.num_tokens,
         origin=writer,
         batch_size=len(prompts),
+        mixture=Mixture(models.teacher, teacher_mix) if teacher_mix and models.teacher is not None else None,
     )
     parts, flops = taken()
     tokens = sum(len(last_turn(e).response) for e in written)

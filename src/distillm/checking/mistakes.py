@@ -1,8 +1,8 @@
 """The usual mistakes: each is looked for in what the run reads and says, not guessed from its settings."""
 
 import math
-import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,13 +12,14 @@ from ..caching import size
 from ..config import Run
 from ..data import LengthReport
 from ..data_settings import Data
+from ..errors import DistillmError
 from ..generation import truncated
 from ..paths import is_file
 from ..readers import LocalTeacher
 from ..rows import end_of_response, placed, tokenised
 from ..tasks import CHAT
 from ..train import validate
-from ..types import Example, State, last_turn
+from ..types import Example, State, as_teacher_reads, last_turn
 from .cost import Cost
 from .subject import Subject
 
@@ -96,8 +97,8 @@ def of_models(subject: Subject) -> Iterator[Finding]:
     noise = student["cross_entropy"] > NOISE * uniform
     method = run.method.model_dump()
     skewed = str(method.get("divergence", run.method.name)) in ("skew_kl", "skew_reverse_kl", "distillm2")
-    if noise and skewed and run.student.path is None:
-        alpha = method.get("alpha") or 0.1
+    alpha = 0.1 if method.get("alpha") is None else method["alpha"]
+    if noise and skewed and alpha and run.student.path is None:
         yield Finding(
             "start", f"The student begins as noise ({student['cross_entropy']:.1f} nats a token), where a skewed "
             f"divergence is nearly flat: it cannot exceed {-math.log(alpha):.1f}.",
@@ -106,7 +107,7 @@ def of_models(subject: Subject) -> Iterator[Finding]:
         )  # fmt: skip
     yield from _same_models(subject, student)
     yield from _template(subject)
-    if isinstance(models.pair.teacher, LocalTeacher) and models.teacher is not None:
+    if isinstance(models.pair.teacher, LocalTeacher) and subject.method.reads_teacher:
         teacher = _cross_entropy(subject, subject.validation)
         if teacher >= student["cross_entropy"]:
             yield Finding(
@@ -137,22 +138,22 @@ def of_cost(subject: Subject, cost: Cost) -> Iterator[Finding]:
 def _cut(subject: Subject, lengths: LengthReport) -> Iterator[Finding]:
     data = subject.run.data
     left_out = lengths.dropped + lengths.empty_responses
-    parts = {
+    cut = {
         "with a cut prompt": lengths.cut_prompts + lengths.shortened,
         "with a response cut short, which has no end to learn": lengths.cut_responses,
-        "left out": left_out,
     }
-    for what, count in parts.items():
-        if not count:
-            continue
-        share = count / lengths.rows
-        advice = "Look at these rows."
-        if count != left_out:
-            prompt, whole = _fitting(subject)
-            advice = f"data.max_prompt={prompt} data.max_length={whole} would leave 98 of 100 rows whole."
-        elif lengths.dropped:
-            advice = f"data.max_prompt is {data.max_prompt}: raise it, or take a shorter template."
-        yield Finding("cut", f"{count} of {lengths.rows} training rows are {what}.", advice, grave=share > MANY)
+    advice = "Look at these rows."
+    if lengths.dropped:
+        advice = f"data.max_prompt is {data.max_prompt}: raise it, or take a shorter template."
+    advised = [("left out", left_out, advice)]
+    if any(cut.values()):
+        prompt, whole = _fitting(subject)
+        advice = f"data.max_prompt={prompt} data.max_length={whole} would leave 98 of 100 rows whole."
+        advised = [*((what, count, advice) for what, count in cut.items()), *advised]
+    for what, count, advice in advised:
+        if count:
+            said = f"{count} of {lengths.rows} training rows are {what}."
+            yield Finding("cut", said, advice, grave=count > MANY * lengths.rows)
 
 
 def _fitting(subject: Subject) -> tuple[int, int]:
@@ -175,7 +176,8 @@ def _rounded(length: int) -> int:
 def _ends(subject: Subject) -> Iterator[Finding]:
     """Whether a response ends, once, and by a token at which models stop."""
     run, models = subject.run, subject.models
-    answered = [e for e in subject.rows.train.examples if any(e.targets)] or subject.train
+    whole = [e for e in subject.rows.train.examples if any(e.targets)]
+    answered = whole or subject.train  # a few, which tell less
     ends = models.end_ids
     twice = sum(any(token in ends for token in last_turn(e).response[:-1]) for e in answered)
     end = models.tokenizer.convert_ids_to_tokens(end_of_response(run.data, models))
@@ -192,6 +194,7 @@ def _ends(subject: Subject) -> Iterator[Finding]:
             "end", f"{endless} of {len(answered)} responses do not end with an end token: the student would not learn "
             "to stop.",
             "Raise generation.max_new_tokens, where the teacher writes them; else look at the tokenizer's end token.",
+            grave=bool(whole) or endless > len(answered) / 2,
         )  # fmt: skip
     if run.data.prompt == CHAT and (closing := _closing(subject)):
         yield Finding(
@@ -214,7 +217,7 @@ def _too_long_to_write(subject: Subject) -> Iterator[Finding]:
     lengths = [sum(last_turn(e).targets) for e in subject.rows.train.examples if any(e.targets)]
     longer = sum(length > most for length in lengths)
     if longer > MANY * max(len(lengths), 1):
-        needed = _rounded(int(statistics.quantiles(lengths, n=20)[-1]))
+        needed = _rounded(sorted(lengths)[math.ceil(0.95 * len(lengths)) - 1])
         yield Finding(
             "length", f"{longer} of {len(lengths)} responses of the data are longer than generation.max_new_tokens="
             f"{most}: what models write will be cut, and scored so.",
@@ -263,7 +266,10 @@ def _template(subject: Subject) -> Iterator[Finding]:
         return
     others = [name for name in spec.templates if name != data.prompt]
     others += [CHAT] if _has_chat_template(subject) and data.prompt != CHAT else []
-    spelled = {name: _spelled(subject, data.model_copy(update={"template": name})) for name in [data.prompt, *others]}
+    spelled = {data.prompt: _spelled(subject, data)}
+    for name in others:
+        with suppress(DistillmError):  # such as a chat template that does not work, which the run does not use
+            spelled[name] = _spelled(subject, data.model_copy(update={"template": name}))
     common = set.intersection(*({e.id for e in rows} for rows in spelled.values()))
     if not common:
         return
@@ -308,6 +314,7 @@ def _cross_entropy(subject: Subject, examples: Sequence[Example]) -> float:
     """Of the teacher, where it is here, else of the student: nats a token."""
     models, pair = subject.models, subject.models.pair
     if isinstance(pair.teacher, LocalTeacher) and models.teacher is not None:
+        examples = [as_teacher_reads(example) for example in examples]
         pair = replace(pair, student=models.teacher, read_student=pair.teacher.reader, teacher=None, cache=None)
     else:
         pair = replace(pair, teacher=None)

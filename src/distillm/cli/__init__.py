@@ -1,5 +1,6 @@
 """The command line. Heavy modules are imported inside the commands, so that help is quick."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 from .. import __version__
 from ..errors import DistillmError, StorageError
 from ..listing import datasets
-from ..screen import on_screen
+from ..screen import on_screen, visible
 from .cache import cache_app
 from .check import check
 from .judge import judge
@@ -73,7 +74,7 @@ def _main(
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        typer.echo(on_screen(next_steps(Path.cwd())))
+        typer.echo(visible(next_steps(Path.cwd())))
 
 
 def main() -> None:
@@ -81,6 +82,8 @@ def main() -> None:
     # Read by GNU's OpenMP when torch is loaded. Its threads spin for milliseconds at each barrier: beside one
     # busy program on two cores that makes a pass several times slower, and idle ones gain nothing (docs/log.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal has no character for is written out, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except DistillmError as error:

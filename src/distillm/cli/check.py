@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SHOWN_TOKENS = 160
 """Of a row; the middle of a longer prompt, and the end of a longer response, are left out."""
+_PLAIN = str.maketrans({"⟦": "[[", "⟧": "]]", "␤": "\\n", "·": "|", "…": "...", "✗": "x"})
+"""What stands for the marks of ``check`` where there is nothing but ASCII."""
 
 
 def check(
@@ -43,7 +45,8 @@ def check(
     found = checked(run, Display())
     console = plain_console()
     for line in [*_about(found), *_rows(found, rows), *_cost(found), *_findings(found)]:
-        console.print(line, soft_wrap=True)
+        shown = line if console.encoding.startswith("utf") else Text(line.plain.translate(_PLAIN))
+        console.print(shown, soft_wrap=True)
     if found.wrong:
         raise typer.Exit(2)
 

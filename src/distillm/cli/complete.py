@@ -1,22 +1,23 @@
 """What a shell completes: runs and recipes, and settings by their dotted names with what they may be."""
 
 import typing
-from pathlib import Path
 from typing import Any
+
+from ..paths import home, is_dir
 
 
 def sources(incomplete: str) -> list[str]:
     """YAML files, run folders and recipes that begin so."""
     from ..config import recipes
 
-    path = Path(incomplete)
-    folder, start = (path, "") if incomplete.endswith("/") else (path.parent, path.name)
+    begun, sign, start = incomplete.rpartition("/")  # kept as it is: a shell takes what goes on as it began
     try:
-        entries = [entry for entry in sorted(folder.iterdir()) if entry.name.startswith(start)]
+        entries = [entry for entry in sorted(home(begun + sign).iterdir()) if entry.name.startswith(start)]
     except OSError:
         entries = []
-    files = [str(entry) for entry in entries if entry.suffix in (".yaml", ".yml")]
-    folders = [f"{entry}/" for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    files = [f"{begun}{sign}{entry.name}" for entry in entries if entry.suffix in (".yaml", ".yml")]
+    entries = [entry for entry in entries if is_dir(entry) and not entry.name.startswith(".")]
+    folders = [f"{begun}{sign}{entry.name}/" for entry in entries]
     return [*files, *folders, *(name for name in recipes() if name.startswith(incomplete))]
 
 

@@ -1,5 +1,6 @@
 """First contact: ``init``, and what `distillm` alone says to do next."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -44,15 +45,16 @@ def init(
 
     run, text = starting_yaml(teacher, student, data, method=method, fields=_pairs(fields), output=output)
     write(file, text)
-    typer.echo(f"{text}\nwritten to {file}. Next:\n  distillm check {file}")
+    given, first = _word(str(file)), f"{output}-first"
+    typer.echo(f"{text}\nwritten to {file}. Next:\n  distillm check {given}")
     if run.student.layers is None:
-        typer.echo(f"  distillm train {file}")
+        typer.echo(f"  distillm train {given}")
         return
-    first = f"{output}-first"
+    began = shlex.quote(f"student.path={first}/student")
     typer.echo(
         "A student of a teacher's layers begins as noise: fine-tune it first, and distil what comes out.\n"
-        f"  distillm train {file} method.name=sft output={first}\n"
-        f"  distillm train {file} student.layers=null student.path={first}/student"
+        f"  distillm train {given} method.name=sft {shlex.quote(f'output={first}')}\n"
+        f"  distillm train {given} student.layers=null {began}"
     )
 
 
@@ -82,16 +84,18 @@ def next_steps(here: Path) -> str:
     if not settings and not runs:
         lines += ["", "To begin:", _line("demo", "a real teacher distilled on this machine, in minutes")]
         lines += [_line("init", "a run.yaml for your own teacher and data, after three questions")]
-    for name in settings:
-        lines += ["", f"{name} is here:", _line(f"check {name}", "what it would read, take and cost; usual mistakes")]
+    for found in settings:
+        name = _word(found)
+        lines += ["", f"{found} is here:", _line(f"check {name}", "what it would read, take and cost; usual mistakes")]
         lines += [_line(f"train {name}", "distil: trains, keeps the best student, scores it, writes a report")]
     for run in runs:
-        name = run.relative_to(here)
+        found = str(run.relative_to(here))
+        name = _word(found)
         if is_dir(run / "student"):
-            lines += ["", f"{name} has ended:", _line(f"report {name}", "one page on what came out")]
+            lines += ["", f"{found} has ended:", _line(f"report {name}", "one page on what came out")]
             lines += [_line(f'generate {name} "..."', "let the student answer")]
         else:
-            lines += ["", f"{name} has no student yet:", _line(f"watch {name}", "its page, live in a browser")]
+            lines += ["", f"{found} has no student yet:", _line(f"watch {name}", "its page, live in a browser")]
             lines += [_line(f"train {name} resume=auto", "go on with it, if it was stopped")]
     return "\n".join([*lines, "", "All commands: distillm --help"])
 
@@ -100,7 +104,15 @@ def _line(command: str, text: str) -> str:
     return f"  distillm {command:<32} {text}"
 
 
+def _word(path: str) -> str:
+    """``path`` as a shell takes it for one, whatever is in it, and a command for no option."""
+    return shlex.quote(f"./{path}" if path.startswith("-") else path)
+
+
 def _is_run(path: Path) -> bool:
     """Whether a YAML file looks like settings of a run; what is wrong in it is said by ``check``."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return any(line.startswith(("student:", "teacher:")) for line in file.read(1 << 16).splitlines())
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return any(line.startswith(("student:", "teacher:")) for line in file.read(1 << 16).splitlines())
+    except OSError:  # a folder, a link to nothing
+        return False

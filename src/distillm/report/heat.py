@@ -43,7 +43,7 @@ class Answer:
 
 
 def answers(run: RunFolder, budget: int) -> list[Answer]:
-    """The answers of ``run`` by falling sum, as many of the worst and then of the typical as fit in so many bytes."""
+    """The answers of ``run`` by falling sum, those of the worst and then of the typical that fit in so many bytes."""
     ranked = sorted(run.tokens, key=_total, reverse=True)
     first = max(0, (len(ranked) - FEW) // 2)
     groups = [
@@ -53,10 +53,10 @@ def answers(run: RunFolder, budget: int) -> list[Answer]:
     kept: dict[int, Answer] = {}
     for rank in sorted(range(len(ranked)), key=lambda rank: (not groups[rank], rank)):
         made = _answer(ranked[rank], groups[rank])
-        budget -= 700 + sum(60 + len(escape(token.text + token.said).encode(errors="replace")) for token in made.tokens)
-        if budget < 0:
-            break
-        kept[rank] = made
+        size = 700 + sum(60 + len(escape(token.text + token.said).encode(errors="replace")) for token in made.tokens)
+        if size <= budget:
+            budget -= size
+            kept[rank] = made
     return [kept[rank] for rank in sorted(kept)]
 
 

@@ -13,15 +13,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import ConfigError, DataError
+from ..paths import is_dir
 from ..screen import visible
-from .page import render
-from .read import RunFolder, read_runs
+from .page import asset, render
+from .read import RunFolder, named, read_run, read_runs
 
 PAUSE = 2.0
 """Seconds at least between two renderings."""
@@ -85,14 +85,21 @@ def state_of(paths: Sequence[Path]) -> str:
     """A short word that changes whenever a file changes that the report reads."""
     seen = hashlib.sha256()
     for path in paths:
-        for file in [path / "run.yaml", *sorted(path.glob("*.jsonl")), *sorted(path.glob("eval/*.json"))]:
+        for file in _files(path):
             try:
                 found = file.stat()
                 seen.update(f"{file}\0{found.st_mtime_ns}\0{found.st_size}\0".encode(errors="replace"))
             except OSError:
                 seen.update(f"{file}\0absent\0".encode(errors="replace"))
-        seen.update(f"{path.is_dir()}{(path / 'student').is_dir()}".encode())
+        seen.update(f"{is_dir(path)}{is_dir(path / 'student')}".encode())
     return seen.hexdigest()[:16]
+
+
+def _files(path: Path) -> list[Path]:
+    try:
+        return [path / "run.yaml", *sorted(path.glob("*.jsonl")), *sorted(path.glob("eval/*.json"))]
+    except OSError:  # a folder that is deleted as it is read
+        return []
 
 
 def live_page(paths: Sequence[Path], version: str) -> str:
@@ -105,19 +112,19 @@ def live_page(paths: Sequence[Path], version: str) -> str:
     missing: list[str] = []
     for path in paths:
         try:
-            runs += read_runs([path])
+            runs.append(read_run(path))
         except DataError as error:
             missing.append(str(error))
     if runs:
-        first = replace(runs[0], notes=[*missing, *runs[0].notes])
-        return _living(render([first, *runs[1:]]), version)
+        first, *others = named(runs)
+        return _living(render([replace(first, notes=[*missing, *first.notes]), *others]), version)
     said = "\n".join(f'<p class="quiet">{html.escape(visible(text))}</p>' for text in missing)
-    return _living(_WAITING.format(style=_asset("style.css"), said=said), version)
+    return _living(_WAITING.format(style=asset("style.css"), said=said), version)
 
 
 def _living(page: str, version: str) -> str:
     """``page`` with the script that asks for changes, which its policy lets run and ask this server alone."""
-    script = _asset("live.js")
+    script = asset("live.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
 
     def wider(found: re.Match[str]) -> str:
@@ -132,10 +139,6 @@ def _living(page: str, version: str) -> str:
     head, end, tail = page.rpartition("</body>")
     note = f'<p class="quiet" id="live" role="status" data-version="{version}">This page follows the run.</p>\n'
     return f"{head}{note}<script>{script}</script>\n{end}{tail}"
-
-
-def _asset(name: str) -> str:
-    return (files("distillm.report") / name).read_text(encoding="utf-8")
 
 
 class LiveServer(ThreadingHTTPServer):

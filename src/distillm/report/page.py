@@ -120,7 +120,7 @@ def _render(runs: Sequence[RunFolder], compared: tuple[Table, list[str]] | None,
     together = overlay(runs, max(20, int(1200 * share))) if compared else []
     charts = [chart for figure in (*together, *(f for section in sections for f in section.figures))
               for chart in figure.charts]  # fmt: skip
-    script = _asset("page.js")
+    script = asset("page.js")
     plotly, plotly_hash = _plotly()
     text = _template().render(
         title=f"{len(runs)} runs compared" if compared else sections[0].title,
@@ -137,7 +137,7 @@ def _render(runs: Sequence[RunFolder], compared: tuple[Table, list[str]] | None,
         has_charts=bool(charts),
         # The policy lets exactly these two scripts run: text that came with the data cannot, whatever it holds.
         script_hashes=f"'{_sha256(script)}' '{plotly_hash}'" if charts else f"'{_sha256(script)}'",
-        style=Markup(_asset("style.css")),
+        style=Markup(asset("style.css")),
         script=Markup(script),
         plotly=Markup(plotly) if charts else "",
         charts_json=Markup(as_json(charts)),
@@ -230,14 +230,15 @@ def _scores_table(scores: list[Scores]) -> Table | None:
     return Table("Mean ± standard deviation over decoding seeds; the mean alone where there is one seed.", header, rows)
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The text of a file of this package."""
     return (files("distillm.report") / name).read_text(encoding="utf-8")
 
 
 @cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_asset),
+        loader=jinja2.FunctionLoader(asset),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

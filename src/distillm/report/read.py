@@ -188,13 +188,13 @@ def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
     """Read several run folders, with names that tell them apart; ``DataError`` where none is given or one is no run."""
     if not paths:
         raise DataError("no run folder given: name at least one folder that `distillm train` wrote")
-    return _named([read_run(Path(path)) for path in paths])
+    return named([read_run(Path(path)) for path in paths])
 
 
 def read_systems(paths: Sequence[Path]) -> list[RunFolder]:
     """As ``read_runs``, but a path may also be a file of scores, which is taken for a run that has nothing else."""
     if any(path.is_file() and path.suffix == ".json" for path in paths):
-        return _named([_read_alone(path) if path.suffix == ".json" else read_run(path) for path in paths])
+        return named([_read_alone(path) if path.suffix == ".json" else read_run(path) for path in paths])
     return read_runs(paths)
 
 
@@ -222,7 +222,8 @@ def _read_alone(path: Path) -> RunFolder:
     )
 
 
-def _named(runs: list[RunFolder]) -> list[RunFolder]:
+def named(runs: Sequence[RunFolder]) -> list[RunFolder]:
+    """``runs`` with names that tell them apart."""
     names = [run.name for run in runs]
     labels: list[str] = []
     for run in runs:
