@@ -17,8 +17,8 @@ from distillm.checking import Checked, check, mistakes
 from distillm.cli import app
 from distillm.config import load_run
 from distillm.errors import ConfigError, DataError, ModelError
-from tiny import CHAT_TEMPLATE, save, tiny_model, tiny_tokenizer
-from tiny_run import materials, rows, settings, tiny_run, write_rows
+from tiny import CHAT_TEMPLATE, save, tiny_config, tiny_model, tiny_tokenizer
+from tiny_run import Heard, events, materials, rows, settings, tiny_run, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,16 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
     for name in ("teacher", "student"):
         tokenizer.save_pretrained(folder / name)
+    write_rows(folder / "all.jsonl", rows(12) + rows(4, 20))
     learn = {
+        "data.train": str(folder / "all.jsonl"),
         "student.path": str(folder / "teacher"),
         "method": {"name": "sft"},
         "data.template": "chat",
         "data.text": None,
-        "train": {"steps": 60, "batch_size": 6},
+        "train": {"steps": 160, "batch_size": 6},
         "optim.lr": 0.01,
-        "validation": {"every": 60, "samples": 0},
+        "validation": {"every": 160, "samples": 0},
         "evaluation.compare": [],
         "data.test": {},
         "teacher": None,
@@ -163,6 +165,30 @@ def test_a_teacher_is_asked_what_it_reads_in_training(taught: Path, tmp_path: Pa
     """The same weights twice, of which the teacher alone has the template that they know."""
     changes = {"student__path": str(taught / "teacher"), "data__template": "{{ instruction }} -> "}
     assert "teacher" not in grave(found(taught, tmp_path, data__teacher_template="chat", **changes))
+
+
+def test_training_names_a_teacher_that_knows_less(taught: Path, tmp_path: Path) -> None:
+    from distillm.pipeline import distill
+
+    models = {"teacher.path": str(taught / "student"), "student": {"path": str(taught / "teacher")}}
+    wanted = {**ROOM, **models, "data.template": "chat", "method": {"name": "kd"}, "data.text": None, "optim.lr": 0.05}
+    display = Heard()
+    folder = distill(tiny_run(taught, tmp_path / "run", wanted), display)
+    (worse,) = events(folder, "worse")
+    assert "knows these responses less well than it did" in worse["message"]
+    assert any(worse["message"] in said for said in display.said)
+    assert worse["message"] in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_teacher_that_knows_little_of_the_rows(made: Path, tmp_path: Path) -> None:
+    """Beside a student that is noise it does not show that the teacher has not learned the rows."""
+    noise = {"path": None, "config": tiny_config("llama", layers=1, initializer_range=0.5)}
+    checked = found(made, tmp_path, student=noise)
+    (finding,) = [f for f in checked.findings if f.name == "teacher"]
+    assert "nats a token" in finding.text
+    assert "output=" in finding.advice
+    assert not finding.grave
+    assert "does not know" in finding.text
 
 
 def test_a_teacher_that_does_not_teach_may_be_worse(taught: Path, tmp_path: Path) -> None:

@@ -362,3 +362,16 @@ def test_a_bare_off_is_off_though_yaml_reads_it_as_false() -> None:
     assert teacher.cache == "off"
     assert "off" in as_yaml(make_run(given, ["teacher.cache=off"]))
     assert make_run(yaml.safe_load(as_yaml(make_run(given, ["teacher.cache=off"])))).teacher == teacher
+
+
+def test_a_setting_on_the_command_line_takes_the_place_of_its_rival() -> None:
+    given = {"teacher": {"path": "t"}, "student": {"layers": 2}, "data": {"train": "x"}, "train": {"epochs": 3}}
+    run = make_run(copy.deepcopy(given), ["train.steps=7", "student.path=s"])
+    assert (run.train.steps, run.train.epochs) == (7, None)
+    assert (run.student.path, run.student.layers) == ("s", None)
+    back = make_run(copy.deepcopy(given) | {"train": {"steps": 7}}, ["train.epochs=2"])
+    assert (back.train.steps, back.train.epochs) == (None, 2)
+    for overrides in (["train.steps=7", "train.epochs=2"], ["train.epochs=2", "train.steps=7"]):
+        with pytest.raises(ConfigError, match="not both"):
+            make_run(copy.deepcopy(given), overrides)
+    assert make_run(copy.deepcopy(given), ["train.steps=null"]).train.epochs == 3

@@ -263,10 +263,10 @@ def test_facts_command_and_configuration(whole: Path, page: Page):
 def test_samples_stand_side_by_side_at_every_recorded_step(page: Page):
     assert len(page.all("article", class_="sample item")) == 16
     assert "4 more samples" in page.source
-    assert page.all("dt", class_="label")[:4] == [
-        "Teacher", "Student before training", "Student at step 60", "Student at step 120",
+    assert page.all("dt", class_="label")[:5] == [
+        "Reference", "Teacher", "Student before training", "Student at step 60", "Student at step 120",
     ]  # fmt: skip
-    answers = page.all("dd", class_="text")
+    answers = page.all("dd", class_="text")[1:]
     assert answers[0].startswith("Soak for an hour, then cook lentil soup")
     assert answers[1] == "the of of and , the -"
     assert answers[2] == "Cook lentil soup slowly in a pot, then taste it."
@@ -278,9 +278,15 @@ def test_many_steps_are_folded_away_but_for_the_first_and_the_last(tmp_path: Pat
     write_lines(run / "samples.jsonl", [{**row, "step": step, "student": f"answer {step}"} for step in range(8)])
     page = report(run)
     labels = page.all("dt", class_="label")
-    assert labels[:3] == ["Teacher", "Student before training", "Student at step 7"]
-    assert page.all("dd", class_="text")[3:] == [f"answer {step}" for step in range(1, 7)]
+    assert labels[:4] == ["Reference", "Teacher", "Student before training", "Student at step 7"]
+    assert page.all("dd", class_="text")[4:] == [f"answer {step}" for step in range(1, 7)]
     assert "The 6 answers between" in page.all("summary")
+
+
+def test_a_reference_that_is_the_teachers_stands_once(tmp_path: Path):
+    run = fabricate(tmp_path / "run", num_steps=10, every=5)
+    write_lines(run / "samples.jsonl", [{**row, "reference": row["teacher"]} for row in samples(1, 10)])
+    assert "Reference" not in report(run).all("dt", class_="label")
 
 
 def test_reference_stands_in_for_a_missing_teacher(tmp_path: Path):

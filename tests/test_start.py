@@ -14,9 +14,9 @@ import yaml
 from typer.testing import CliRunner
 
 from distillm.cli import app, complete
-from distillm.config import load_run, recipes
+from distillm.config import load_run, read_yaml, recipes
 from distillm.errors import ConfigError, DataError, DistillmError
-from distillm.starting import starting_yaml
+from distillm.starting import stages, starting_yaml
 from tiny import CHAT_TEMPLATE, save, tiny_model, tiny_tokenizer
 from tiny_run import rows, write_rows
 
@@ -61,15 +61,18 @@ def test_the_path_of_a_newcomer(here: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert load_run("run.yaml").data.fields == {"instruction": "question", "output": "answer"}
     advised = [line.split()[1:] for line in shown.output.splitlines() if line.strip().startswith("distillm ")]
-    assert [words[0] for words in advised] == ["check", "train", "train"]
+    assert [words[0] for words in advised] == ["check", "train", "train", "train"]
+    assert all(f"distillm {' '.join(words)}" in (here / "run.yaml").read_text() for words in advised)
     assert "check run.yaml" in run().output
-    quick = ["train.epochs=null", "train.steps=4", "optim.warmup_steps=0", "evaluation.seeds=[1]"]
+    quick = ["train.steps=4", "optim.warmup_steps=0", "evaluation.seeds=[1]"]
     for words in advised:
         shown = run(*words, *quick)
         assert shown.exit_code in (0, 2 * (words[0] == "check")), shown.output
     shown = run()
     assert "mine has ended" in shown.output
-    assert "mine-first has ended" in shown.output
+    assert "mine-teacher has ended" in shown.output
+    assert read_yaml("mine")["teacher"]["path"] == "mine-teacher/student"
+    assert read_yaml("mine")["student"]["path"] == "mine-first/student"
     assert (here / "mine" / "eval" / "held_out-student.json").exists()
     answered = run("generate", "mine", "Say one two.", "--max-new-tokens", "3")
     assert answered.exit_code == 0, answered.output
@@ -138,8 +141,12 @@ def test_what_is_advised_can_be_given_to_a_shell(here: Path) -> None:
     )
     lines = [shlex.split(line) for line in shown.output.splitlines() if line.startswith("  distillm ")]
     assert lines[0] == ["distillm", "check", "my run.yaml"]
-    assert lines[1][3:] == ["method.name=sft", "output=a b-first"]
-    assert lines[2][3:] == ["student.layers=null", "student.path=a b-first/student"]
+    assert lines[1][3:] == [
+        "teacher=null", "student.path=teacher", "method.name=sft", "optim.lr=1e-4", "output=a b-teacher",
+    ]  # fmt: skip
+    taught = "teacher.path=a b-teacher/student"
+    assert lines[2][3:] == [taught, "method.name=sft", "output=a b-first"]
+    assert lines[3][3:] == [taught, "student.path=a b-first/student", "optim.lr=1e-4"]
     (here / "-x.yaml").write_text("student: {layers: 1}\n")
     (here / "folder.yaml").mkdir()
     (here / "gone.yaml").symlink_to("nowhere")
@@ -178,6 +185,30 @@ def test_bad_answers_write_nothing(words: tuple[str, str], here: Path) -> None:
     shown = run("init", "--teacher", "teacher", "--student", "1", "--data", "rows.jsonl", *words)
     assert isinstance(shown.exception, DistillmError)
     assert not (here / "run.yaml").exists()
+
+
+@pytest.mark.parametrize("option", ["--teacher", "--student"])
+def test_a_model_that_cannot_be_there_is_said_at_once(option: str, here: Path) -> None:
+    given = {"--teacher": "teacher", "--student": "1", "--data": "rows.jsonl", option: "models/gone.gguf"}
+    shown = run("init", *(word for pair in given.items() for word in pair))
+    assert isinstance(shown.exception, ConfigError)
+    assert f"{option} models/gone.gguf: there is no such" in str(shown.exception)
+
+
+@pytest.mark.parametrize(
+    ("student", "method", "answered", "counts"),
+    [("1", "distillm", True, 3), ("owner/x", "kd", True, 2), ("1", "kd", False, 2), ("owner/x", "gkd", False, 1),
+     ("1", "sft", True, 1)],
+)  # fmt: skip
+def test_the_way_depends_on_where_models_and_responses_come_from(
+    student: str, method: str, answered: bool, counts: int, here: Path
+) -> None:
+    write_rows(here / "own.jsonl", [{"prompt": "Say."} | ({"answer": "a"} if answered else {})] * 20)
+    made, _ = starting_yaml("teacher", student, "own.jsonl", method=method, output="o")
+    commands = [command for _, command in stages(made, "run.yaml")]
+    assert len(commands) == counts
+    assert all(command.startswith("distillm train run.yaml") for command in commands)
+    assert any("teacher=null" in command for command in commands) == (answered and method != "sft")
 
 
 def test_a_file_that_is_there_is_left_alone(here: Path) -> None:

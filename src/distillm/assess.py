@@ -18,6 +18,7 @@ from .generation import generate
 from .loading import Models
 from .readers import LocalTeacher
 from .rows import Rows
+from .scoring import Pair
 from .train import validate
 from .types import Example, State, as_teacher_reads
 
@@ -57,8 +58,8 @@ def assess(
     )
     examples, pair = rows.examples, models.pair
     if model is models.teacher:
-        assert isinstance(pair.teacher, LocalTeacher)
-        pair = replace(pair, student=model, read_student=pair.teacher.reader, teacher=None, cache=None)
+        pair = _teacher_alone(models)
+        assert pair is not None
         examples = [as_teacher_reads(example) for example in examples]
     if any(any(example.targets) for example in examples):
         figures = fidelity(pair, examples, divergence=run.validation.divergence, batch_size=run.train.micro_batch_size)
@@ -83,6 +84,24 @@ def measure(run: Run, models: Models, examples: Sequence[Example]) -> dict[str, 
         divergence=run.validation.divergence,
         batch_size=run.train.micro_batch_size,
     )
+
+
+def teacher_cross_entropy(run: Run, models: Models, examples: Sequence[Example]) -> float | None:
+    """How well the teacher predicts the responses of ``examples``, nats a token; None where it is not here."""
+    pair = _teacher_alone(models)
+    if pair is None:
+        return None
+    read = [as_teacher_reads(example) for example in examples if any(example.targets)]
+    size = run.train.micro_batch_size
+    return validate(pair, read, State(), divergence=run.validation.divergence, batch_size=size)["cross_entropy"]
+
+
+def _teacher_alone(models: Models) -> Pair | None:
+    """The teacher in the student's place."""
+    teacher = models.pair.teacher
+    if models.teacher is None or not isinstance(teacher, LocalTeacher):
+        return None
+    return replace(models.pair, student=models.teacher, read_student=teacher.reader, teacher=None, cache=None)
 
 
 def _reads_as(models: Models, model: PreTrainedModel) -> Literal["student", "teacher"]:

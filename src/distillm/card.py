@@ -21,7 +21,7 @@ from .known import known
 from .method_settings import Method, Section
 from .paths import is_dir, is_file
 from .report.read import RunFolder, Scores, mapping, number_in, read_run
-from .report.text import SYSTEM_NAMES, mean_std, method_name, parameter_count, score_name
+from .report.text import SYSTEM_NAMES, mean_std, method_name, parameter_count, score_name, short_name
 from .screen import visible
 from .tasks import CHAT, load_task
 from .writing import write_text
@@ -91,7 +91,7 @@ def _on_hub(run: RunFolder, name: str) -> bool:
 
 def _public(run: RunFolder, name: str) -> str:
     """``name`` as it may be published: a hub name whole, of a path the last part alone."""
-    return name if _on_hub(run, name) else last_part(name)
+    return name if _on_hub(run, name) else short_name(name)
 
 
 def last_part(path: str) -> str:

@@ -300,6 +300,15 @@ class Run(Section):
         return self
 
 
+_ORIGINS = ("student.path", "student.config", "student.layers")
+RIVALS = {
+    "train.steps": ("train.epochs",),
+    "train.epochs": ("train.steps",),
+    **{name: (*(other for other in _ORIGINS if other != name), "student.decoder_layers") for name in _ORIGINS},
+}
+"""What a setting stands in place of: one that is given on the command line takes its rivals out of the file."""
+
+
 def load_run(source: str, overrides: Sequence[str] = ()) -> Run:
     """A ``Run`` from a YAML file or the name of a recipe, with ``key.path=value`` overrides.
 
@@ -319,6 +328,9 @@ def make_run(settings: dict[str, Any], overrides: Sequence[str] = (), source: st
         if key == "method.name" and isinstance(method, dict) and method.get("name", Distillm().name) != given:
             settings["method"] = {}  # one method's settings mean nothing to another
         _set(settings, key.split("."), given)
+        for rival in RIVALS.get(key, ()) if given is not None else ():
+            if not any(other.startswith(f"{rival}=") for other in overrides):
+                _drop(settings, rival.split("."))
     if isinstance(method := settings.get("method"), dict):
         method.setdefault("name", Distillm().name)  # as where there is no such section at all
     try:
@@ -386,6 +398,15 @@ def _value(key: str, text: str) -> Any:
         raise ConfigError(f"{key}={text}: the value is not YAML ({' '.join(str(error).split())})") from error
     meant = isinstance(value, str | None) or (isinstance(value, dict) and takes_section(Run, key))
     return text if not meant and takes_text(Run, key) else value
+
+
+def _drop(settings: dict[str, Any], path: list[str]) -> None:
+    for key in path[:-1]:
+        inner = settings.get(key)
+        if not isinstance(inner, dict):
+            return
+        settings = typing.cast(dict[str, Any], inner)
+    settings.pop(path[-1], None)
 
 
 def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:

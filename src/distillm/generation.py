@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
 from .accounting import computed, part
 from .data.collate import lay_out_prompts
@@ -21,6 +21,8 @@ from .processes import count, dealt, share, together
 from .sharding import whole
 from .types import Example, Layout, Origin, answer, asked_of
 
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls a model's keys and values: the name changed in 5.24."""
 BLOCK = 256
 """Tokens whose probabilities are added up at once; a vocabulary has some hundreds of such blocks."""
 
@@ -113,8 +115,8 @@ class _Mix:
         if self.answering == "input_ids":
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
             self.inputs |= {"position_ids": positions, "logits_to_keep": 1}
-        out: Any = self.mixture.model(**self.inputs | {self.answering: new}, past_key_values=self.cache, use_cache=True)
-        self.cache = out.past_key_values
+        out: Any = self.mixture.model(**self.inputs | {self.answering: new}, **{CACHE: self.cache}, use_cache=True)
+        self.cache = getattr(out, CACHE)
         other, own = (x[:, : self.num_tokens].float().log_softmax(-1) for x in (out.logits[:, -1], scores))
         return torch.logaddexp(other + math.log(self.mixture.share), own + math.log1p(-self.mixture.share))
 
@@ -329,8 +331,8 @@ def _written(
         inputs = _rows_of(inputs | {answering: out.sequences}, rows)
         _grow_mask(inputs, answering, out.sequences.shape[1])
         if len(rows):
-            out.past_key_values.reorder_cache(rows)
-            inputs["past_key_values"] = out.past_key_values
+            inputs[CACHE] = getattr(out, CACHE)
+            inputs[CACHE].reorder_cache(rows)
         for each in (choose, *mixed):
             each.keep(rows)
     return responses

@@ -1,5 +1,6 @@
 """A whole run: from the configuration to the run folder, in phases that can be interrupted and resumed."""
 
+import shlex
 import signal
 import threading
 import time
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .accounting import account_for, kept_by, part, peak_bytes, peak_rate, settle, taken
 from .assembly import make_accelerator, make_sampling
-from .assess import answers, assess, by_token
+from .assess import answers, assess, by_token, teacher_cross_entropy
 from .card import hub_names, write_card
 from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of
 from .config import Run, as_yaml, changed, read_yaml
@@ -74,7 +75,7 @@ def _whole(project: Project, checkpoint: Path | None, command: str | None) -> No
         _finish(project)
         _log_time(project)
         by_first(lambda: write_card(folder.path))  # once the scores are there, which it tells
-        by_first(lambda: display.note(f"student: {folder.student}\nreport:  {_report(folder)}"))
+        by_first(lambda: display.note(_ended(folder)))
     except TrainingError as error:
         _event(project, "failed", str(error), rows=error.rows)
         state = project.state
@@ -101,8 +102,10 @@ def _all_heard(run: Run, folder: RunFolder) -> Generator[list[Project]]:
         ) from error
 
 
-def _report(folder: RunFolder) -> Path:
-    return write_report([folder.path], folder.path / "report.html")
+def _ended(folder: RunFolder) -> str:
+    report = write_report([folder.path], folder.path / "report.html")
+    asked = f'distillm generate {shlex.quote(str(folder.path))} "..."'
+    return f"student: {folder.student}\nreport:  {report}\nask it:  {asked}"
 
 
 def _begin(project: Project, command: str | None) -> None:
@@ -363,15 +366,17 @@ def _finish(project: Project) -> None:
         best = folder.checkpoints / f"step-{project.best[1]:08d}"
         try:
             load_student(models.student, best)
-            project.display.note(f"the best validation was after step {project.best[1]}: that student is kept")
+            project.display.note(
+                f"the best validation in training was after step {project.best[1]}: its student is kept"
+            )
         except StorageError as error:
             said = f"{error} It was the best by validation: the student of the last step is kept in its place."
             _event(project, "damaged", said)
             project.display.note(said)
     if project.first is not None and project.best is not None and project.best[0] >= project.first:
-        said = f"by {project.run.validation.select} the student is no better than it was before training"
+        said = _no_better(project, project.first, project.best[0])
         _event(project, "worse", said)
-        project.display.note(f"{said}: try a lower optim.lr, more steps, or optim.warmup_steps")
+        project.display.note(f"WARNING: {said}")
     with part("saving"):
         save_student(project.run, models, folder.student)
     _score_tests(project, models.student, "student")
@@ -383,6 +388,23 @@ def _finish(project: Project) -> None:
             project.display.note("the teacher's own answers are not scored: it is not here to write any")
     if project.run.tracker != "none":
         project.accelerator.end_training()
+
+
+def _no_better(project: Project, first: float, best: float) -> str:
+    """What is said of a student that training has not made better, with the likeliest reason."""
+    run = project.run
+    said = f"by {run.validation.select} the student is no better than it was before training"
+    if run.validation.select != "cross_entropy":
+        return f"{said}: try a lower optim.lr, more steps, or optim.warmup_steps"
+    said += f" ({first:.3f} then, {best:.3f} at best)"
+    with part("validation", whole=True):
+        teacher = teacher_cross_entropy(run, project.models, project.validation.examples)
+    if teacher is not None and project.method.reads_teacher and teacher > first:
+        return (
+            f"{said}, and the teacher ({teacher:.3f}) knows these responses less well than it did: fine-tune the "
+            "teacher on them first (method.name=sft), or let it write them (data.responses=teacher)"
+        )
+    return f"{said}: try a lower optim.lr, more steps, or optim.warmup_steps"
 
 
 def _score_tests(project: Project, model: PreTrainedModel, system: str) -> None:

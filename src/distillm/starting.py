@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from .data import Task, read_rows
 from .errors import ConfigError, DataError
 from .known import known
 from .models import load_tokenizer
-from .paths import is_dir, is_file
+from .paths import home, is_dir, is_file
 from .settings_text import load_yaml
 from .tasks import CHAT, TaskSpec, load_task, near, tasks
 
@@ -59,9 +60,42 @@ def starting_yaml(
         ConfigError: the answers do not make a run.
         DataError: the data cannot be read, or its columns do not say what they hold.
     """
+    for option, path in (("--teacher", teacher), ("--student", student)):
+        if _is_local(path) and not (is_dir(home(path)) or is_file(home(path))):
+            raise ConfigError(f"{option} {path}: there is no such folder or file")
     found = _look(teacher, data, fields or {})
     text = _written(teacher, student, data, method, output, found)
     return make_run(load_yaml(text), source="what was given"), text
+
+
+def stages(run: Run, file: str) -> list[tuple[str, str]]:
+    """The commands from ``file`` to a student, each with its reason: what a run needs before it depends on where its
+    models come from."""
+    output = run.output
+    if run.method.name in ("sft", "seqkd") or run.teacher is None:
+        return [("Train the student:", _command(file))]
+    found: list[tuple[str, str]] = []
+    before: list[str] = []
+    slower = ["optim.lr=1e-4"]  # weights that know something are not to lose it in the first steps
+    if not run.teacher_writes:
+        learns = [
+            "teacher=null",
+            f"student.path={run.teacher.path}",
+            "method.name=sft",
+            *slower,
+            f"output={output}-teacher",
+        ]
+        found.append(("The teacher learns your rows first, unless it knows them:", _command(file, *learns)))
+        before.append(f"teacher.path={output}-teacher/student")
+    if run.student.layers is not None:
+        begins = [*before, "method.name=sft", f"output={output}-first"]
+        found.append(("A student of its layers begins as noise: fine-tune it.", _command(file, *begins)))
+        before += [f"student.path={output}-first/student", *slower]
+    return [*found, ("Distil:", _command(file, *before))]
+
+
+def _command(file: str, *settings: str) -> str:
+    return shlex.join(["distillm", "train", file, *settings])
 
 
 def _look(teacher: str, data: str, given: Mapping[str, str]) -> Found:
@@ -87,9 +121,14 @@ def _look(teacher: str, data: str, given: Mapping[str, str]) -> Found:
     return Found(task, fields, len(rows), answered, chat, lengths)
 
 
+def _is_local(path: str) -> bool:
+    """Whether ``path`` can be no hub name."""
+    return path.endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
 def _tokenizer(teacher: str) -> Any:
     """The teacher's, where that lies here: nothing is fetched for a look."""
-    return load_tokenizer(teacher) if is_dir(Path(teacher)) or is_file(Path(teacher)) else None
+    return load_tokenizer(teacher) if is_dir(home(teacher)) or is_file(home(teacher)) else None
 
 
 def _read_as(data: str, columns: Sequence[str], given: Mapping[str, str]) -> tuple[str, dict[str, str], bool]:
@@ -186,6 +225,10 @@ def _data_lines(found: Found) -> list[str]:
         lines.append("  template: chat   # the teacher's own chat template; alpaca, or one in Jinja, for a plain model")
     if not found.answered:
         lines.append("  responses: teacher   # there are prompts only: the teacher writes the responses, once")
+    if found.chat is None or found.lengths is None:
+        lines.append(
+            "  # the teacher is not here to be looked at: distillm check says whether template and lengths fit"
+        )
     if found.lengths is not None:
         prompt, whole, _ = found.lengths
         prompt = _up(prompt)

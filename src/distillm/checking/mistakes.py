@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from ..assess import measure
+from ..assess import measure, teacher_cross_entropy
 from ..caching import size
 from ..config import Run
 from ..data import LengthReport
@@ -18,8 +18,7 @@ from ..paths import is_file
 from ..readers import LocalTeacher
 from ..rows import end_of_response, placed, tokenised
 from ..tasks import CHAT
-from ..train import validate
-from ..types import Example, State, as_teacher_reads, last_turn
+from ..types import Example, last_turn
 from .cost import Cost
 from .subject import Subject
 
@@ -32,6 +31,8 @@ NOISE = 0.9
 """A cross-entropy of so many times that of a uniform guess is that of a model that knows nothing."""
 SAME = 1e-4
 """Nats a token below which two models say the same."""
+UNKNOWN = 2.0
+"""Nats a token above which a teacher has hardly been trained on such responses: one that has been is mostly below 1."""
 FEW_STEPS = 30
 
 
@@ -108,14 +109,27 @@ def of_models(subject: Subject) -> Iterator[Finding]:
     yield from _same_models(subject, student)
     yield from _template(subject)
     if isinstance(models.pair.teacher, LocalTeacher) and subject.method.reads_teacher:
-        teacher = _cross_entropy(subject, subject.validation)
-        if teacher >= student["cross_entropy"]:
-            yield Finding(
-                "teacher", f"The teacher predicts the responses worse than the student does: {teacher:.2f} against "
-                f"{student['cross_entropy']:.2f} nats a token. It has little to teach here.",
-                "Fine-tune the teacher on these rows first (method.name=sft), let it write the responses "
-                "(data.responses=teacher), or look at data.template.",
-            )  # fmt: skip
+        yield from _teacher(subject, student["cross_entropy"])
+
+
+def _teacher(subject: Subject, student: float) -> Iterator[Finding]:
+    run, teacher = subject.run, _cross_entropy(subject, subject.validation)
+    path = (run.teacher.path if run.teacher is not None else None) or "TEACHER"
+    learned = f"{run.output}-teacher"
+    advice = (
+        f"Let it learn them first: distillm train ... teacher=null student.path={path} method.name=sft optim.lr=1e-4 "
+        f"output={learned}; then teacher.path={learned}/student."
+    )
+    if teacher >= student:
+        yield Finding(
+            "teacher", f"The teacher predicts the responses worse than the student does: {teacher:.2f} against "
+            f"{student:.2f} nats a token. It has little to teach here.", advice,
+        )  # fmt: skip
+    elif teacher > UNKNOWN and not subject.asked:
+        yield Finding(
+            "teacher", f"The teacher does not know these responses well: {teacher:.2f} nats a token. A student that "
+            "has been fine-tuned on them would have to unlearn them.", advice, grave=False,
+        )  # fmt: skip
 
 
 def of_cost(subject: Subject, cost: Cost) -> Iterator[Finding]:
@@ -312,11 +326,6 @@ def _endless(data: Data) -> Data:
 
 def _cross_entropy(subject: Subject, examples: Sequence[Example]) -> float:
     """Of the teacher, where it is here, else of the student: nats a token."""
-    models, pair = subject.models, subject.models.pair
-    if isinstance(pair.teacher, LocalTeacher) and models.teacher is not None:
-        examples = [as_teacher_reads(example) for example in examples]
-        pair = replace(pair, student=models.teacher, read_student=pair.teacher.reader, teacher=None, cache=None)
-    else:
-        pair = replace(pair, teacher=None)
-    size, divergence = subject.run.train.micro_batch_size, subject.run.validation.divergence
-    return validate(pair, examples, State(), divergence=divergence, batch_size=size)["cross_entropy"]
+    run, models = subject.run, subject.models
+    found = teacher_cross_entropy(run, models, examples)
+    return measure(run, models, examples)["cross_entropy"] if found is None else found

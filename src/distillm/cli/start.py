@@ -41,21 +41,15 @@ def init(
     teacher = teacher or _asked("--teacher", "The teacher: a model folder, a hub name, or a GGUF file")
     student = student or _asked("--student", "The student: how many of its layers, or where a smaller model is", "8")
     data = data or _asked("--data", "The data: a file of rows (JSON Lines, CSV, Parquet), or a data set's name")
-    from ..starting import starting_yaml
+    from ..starting import stages, starting_yaml
 
     run, text = starting_yaml(teacher, student, data, method=method, fields=_pairs(fields), output=output)
+    name = f"./{file}" if str(file).startswith("-") else str(file)
+    way = [("Look before you leap:", shlex.join(["distillm", "check", name])), *stages(run, name)]
+    text += "\n# The way from here:\n" + "".join(f"#   {command}\n" for _, command in way)
     write(file, text)
-    given, first = _word(str(file)), f"{output}-first"
-    typer.echo(f"{text}\nwritten to {file}. Next:\n  distillm check {given}")
-    if run.student.layers is None:
-        typer.echo(f"  distillm train {given}")
-        return
-    began = shlex.quote(f"student.path={first}/student")
-    typer.echo(
-        "A student of a teacher's layers begins as noise: fine-tune it first, and distil what comes out.\n"
-        f"  distillm train {given} method.name=sft {shlex.quote(f'output={first}')}\n"
-        f"  distillm train {given} student.layers=null {began}"
-    )
+    said = "".join(f"{reason}\n  {command}\n" for reason, command in way)
+    typer.echo(f"{text}\nwritten to {file}.\n{said}", nl=False)
 
 
 def _asked(option: str, question: str, usual: str | None = None) -> str:

@@ -22,7 +22,7 @@ class Sample:
 
 
 def samples(run: RunFolder) -> list[Sample]:
-    """Each prompt once: the teacher (or, without one, the reference), then the student at every recorded step.
+    """Each prompt once: reference and teacher, as far as there are, then the student at every recorded step.
 
     Of more than ``AT_ONCE`` steps the first and the last stand out.
     """
@@ -33,10 +33,11 @@ def samples(run: RunFolder) -> list[Sample]:
     for row_id, rows in by_id.items():
         steps = sorted(rows)
         last = rows[steps[-1]]
-        known = "Teacher" if isinstance(last.get("teacher"), str) else "Reference"
         told = [(_stage(step), rows[step].get("student")) for step in steps]
         few = len(told) <= AT_ONCE
-        beside = [(known, last.get(known.lower())), *(told if few else (told[0], told[-1]))]
+        known = [(name, last.get(name.lower())) for name in ("Reference", "Teacher")]
+        known = known[1:] if known[0][1] == known[1][1] else known  # the teacher's response may be the reference
+        beside = [*known, *(told if few else (told[0], told[-1]))]
         prompt = cut(str(last.get("prompt", "")), MAX_TEXT)
         found.append(Sample(cut(row_id, 80), prompt, _texts(beside), [] if few else _texts(told[1:-1])))
     return found

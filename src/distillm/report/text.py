@@ -1,10 +1,10 @@
 """Numbers as a reader sees them, and the sentences and facts that are computed from a run."""
 
 import math
+import re
 import shlex
 import statistics
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any
 
 from .read import RunFolder, Score, Scores, mapping, number_in
@@ -98,6 +98,14 @@ def model_name(run: RunFolder, model: str) -> str | None:
     return None
 
 
+def short_name(path: str) -> str:
+    """The last part of a path; of a student in its run folder, the run's name."""
+    parts = [part for part in re.split(r"[/\\]", path) if part]
+    if len(parts) > 1 and parts[-1] == "student":
+        return parts[-2]
+    return parts[-1] if parts else path
+
+
 def method_name(run: RunFolder) -> str | None:
     """The name of the method, or None."""
     setting = run.config.get("method")
@@ -110,7 +118,7 @@ def title(run: RunFolder) -> str:
     teacher, student, method = model_name(run, "teacher"), model_name(run, "student"), method_name(run)
     if method is None or (teacher is None and student is None):
         return run.name
-    names = [PurePath(name).name or name for name in (teacher, student) if name is not None]
+    names = [short_name(name) for name in (teacher, student) if name is not None]
     return f"{' into '.join(names if student else [*names, 'a student'])}, by {method}"
 
 
@@ -122,9 +130,10 @@ def verdict(run: RunFolder) -> list[tuple[str, str]]:
 
 
 def status(run: RunFolder) -> str | None:
-    """That the run has not come to its end, where it has not."""
+    """That the run has not come to its end, or that it made the student no better; None for all others."""
     if not run.going_on:
-        return None
+        worse = [str(event.get("message") or "") for event in run.events if event.get("event") == "worse"]
+        return f"{worse[-1][0].upper()}{worse[-1][1:]}." if worse and worse[-1] else None
     planned = f" of {run.planned}" if run.planned else ""
     return f"This run is still going on, or was killed: it has made {run.last_step}{planned} steps so far."
 
