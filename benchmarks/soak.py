@@ -62,7 +62,7 @@ class Watch(Display):
 
     def __init__(self, every: int, sample: Callable[[], dict[str, int]]):
         super().__init__(quiet=True)
-        self.every, self.sample = every, sample
+        self.every, self.measure = every, sample
         self.steps: list[int] = []
         self.samples: list[dict[str, int]] = []
 
@@ -72,10 +72,10 @@ class Watch(Display):
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Generator[Callable[..., None]]:
-        def advance(step: int, _: str = "") -> None:
+        def advance(step: int, *_: object) -> None:
             if name == "train" and step % self.every == 0:
                 self.steps.append(step)
-                self.samples.append(self.sample())
+                self.samples.append(self.measure())
 
         yield advance
 

@@ -103,7 +103,9 @@ def assert_same_as_one(one: Path, two: Path) -> None:
     for weight, tensor in expected.items():
         torch.testing.assert_close(found[weight], tensor, rtol=1e-3, atol=1e-4)
     assert lines(two / "samples.jsonl") == lines(one / "samples.jsonl")
-    assert_near(lines(one / "tokens.jsonl"), lines(two / "tokens.jsonl"), 1e-3)
+    assert (one / "tokens.jsonl").exists() == (two / "tokens.jsonl").exists()  # a teacher that is not here reads none
+    if (one / "tokens.jsonl").exists():
+        assert_near(lines(one / "tokens.jsonl"), lines(two / "tokens.jsonl"), 1e-3)
     for file, result in scores(one).items():
         again = scores(two)[file]
         assert [row["predictions"] for row in again["predictions"]] == [

@@ -34,7 +34,16 @@ def test_a_short_run_holds_no_more_at_its_end(soak: Any, tmp_path: Path):
     checkpoints = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert len(checkpoints) <= 3
     names = sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert names == ["checkpoints", "eval", "metrics.jsonl", "report.html", "run.yaml", "samples.jsonl", "student"]
+    assert names == [
+        "checkpoints",
+        "eval",
+        "metrics.jsonl",
+        "report.html",
+        "run.yaml",
+        "samples.jsonl",
+        "student",
+        "tokens.jsonl",
+    ]
     assert found["log_bytes_per_step"] < 1000
 
 
