@@ -144,7 +144,7 @@ def test_rows_longer_than_a_model_can_read_are_said(made: Path):
         ("method.divergence=skl", ["method.divergence: 'skl' is not allowed", "Did you mean skew_kl?"]),
         ("method.alpha=1.5", ["method: alpha is 1.5, and the skew of skew_kl is below 1"]),
         ("teacher=null", ["teacher.path is missing, and method distillm needs a teacher"]),
-        ("student.layers=1", ["give exactly one of path, config and layers (found path and layers)"]),
+        ("student={path: x, layers: 1}", ["give exactly one of path, config and layers (found path and layers)"]),
         ("optim.lr", ["'optim.lr' is not an override"]),
         ("tracker=wandb", ["tracker=wandb, but it is not installed: pip install wandb"]),
     ],

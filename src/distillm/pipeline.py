@@ -366,9 +366,7 @@ def _finish(project: Project) -> None:
         best = folder.checkpoints / f"step-{project.best[1]:08d}"
         try:
             load_student(models.student, best)
-            project.display.note(
-                f"the best validation in training was after step {project.best[1]}: its student is kept"
-            )
+            project.display.note(f"the best validation was after step {project.best[1]}: that student is kept")
         except StorageError as error:
             said = f"{error} It was the best by validation: the student of the last step is kept in its place."
             _event(project, "damaged", said)

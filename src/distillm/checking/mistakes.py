@@ -328,4 +328,5 @@ def _cross_entropy(subject: Subject, examples: Sequence[Example]) -> float:
     """Of the teacher, where it is here, else of the student: nats a token."""
     run, models = subject.run, subject.models
     found = teacher_cross_entropy(run, models, examples)
-    return measure(run, models, examples)["cross_entropy"] if found is None else found
+    alone = replace(models, pair=replace(models.pair, teacher=None, cache=None))  # one that is not here reads no more
+    return measure(run, alone, examples)["cross_entropy"] if found is None else found
