@@ -311,20 +311,26 @@ def _keeps(subject: Subject) -> int:
     need, kind = _cache(subject)
     if subject.accelerator.device.type == "cuda":  # states are kept in the CPU's memory
         return 0
-    most = int(MEMORY_SHARE * psutil.virtual_memory().available)
-    return min((need.lasting if kind == "memory" else 0) + (need.replayed if kind != "off" else 0), most)
+    method, most = subject.run.method, int(MEMORY_SHARE * psutil.virtual_memory().available)
+    capacity = method.capacity if isinstance(method, Distillation | MiniLlm) else 1
+    replayed = need.replayed * min(1.0, _written(subject) / capacity)  # a short run does not fill its buffer
+    return int(min((need.lasting if kind == "memory" else 0) + (replayed if kind != "off" else 0), most))
 
 
 def _writes_in(subject: Subject) -> int:
     """Bytes that writing takes: keys and values of all tokens, and a few copies of the logits of one."""
-    run = subject.run
-    config: Any = subject.models.student.config.get_text_config(decoder=True)
+    tokens = max(last_turn(e).start for e in subject.train) + subject.run.generation.max_new_tokens
+    writers = [subject.models.student, subject.models.teacher]
+    states = max(tokens * _state_bytes(writer) for writer in writers if writer is not None)
+    return _at_once(subject) * (states + 16 * subject.models.pair.num_tokens)
+
+
+def _state_bytes(model: Any) -> int:
+    """Bytes of the keys and values of a token."""
+    config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    tokens = max(last_turn(e).start for e in subject.train) + run.generation.max_new_tokens
-    size = next(subject.models.student.parameters()).element_size()
-    states = 2 * config.num_hidden_layers * heads * width * tokens * size
-    return _at_once(subject) * (states + 16 * subject.models.pair.num_tokens)
+    return 2 * config.num_hidden_layers * heads * width * next(model.parameters()).element_size()
 
 
 def _foreseen(subject: Subject, rows: Sequence[Example]) -> int:
