@@ -6,14 +6,15 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from distillm.judge.cache import key_of
+from in_thread import in_thread
 
 KEY = "sk-secret-0123456789abcdef"
 
@@ -116,18 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
-def serving(script: Script = fixed, kind: type[Judge] = Judge) -> Iterator[Judge]:
+def serving(script: Script = fixed, kind: type[Judge] = Judge) -> AbstractContextManager[Judge]:
     """A server in a thread of this process."""
-    server = kind(script)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return in_thread(kind(script))
 
 
 if __name__ == "__main__":  # answering_server.py PORT LOG SECONDS-PER-ANSWER

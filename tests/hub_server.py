@@ -3,11 +3,11 @@
 import base64
 import json
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from in_thread import in_thread
 
 TOKEN = "hf_" + "Secret0123456789" * 2
 
@@ -104,15 +104,6 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
-def hub() -> Iterator[Hub]:
+def hub() -> AbstractContextManager[Hub]:
     """A hub in a thread of this process."""
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return in_thread(Hub())

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -27,22 +27,14 @@ from distillm.report.live import LiveServer, is_loopback, live_page, serve, stat
 from distillm.report.page import render
 from distillm.report.read import read_runs
 from fabricated_run import fabricate
+from in_thread import in_thread
 from report_page import Page
 from test_security_output import hostile_run
 from tiny_run import materials, tiny_run
 
 
-@contextmanager
-def watched(*runs: Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[LiveServer]:
-    server = serve(runs, host, port)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+def watched(*runs: Path, host: str = "127.0.0.1", port: int = 0) -> AbstractContextManager[LiveServer]:
+    return in_thread(serve(runs, host, port))
 
 
 def ask(

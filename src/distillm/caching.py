@@ -18,6 +18,7 @@ from .loading import Models, Note
 from .method_settings import Distillation, Distillm2, MiniLlm
 from .methods import Method
 from .model_settings import Teacher
+from .paths import nearest_folder
 from .scoring import Pair
 from .served_teacher import ServedTeacher
 from .teacher_cache import Disk, Memory, TeacherCache
@@ -181,9 +182,7 @@ def cache_kind(given: Teacher, need: Need) -> Literal["memory", "disk", "off"]:
         return given.cache
     if need.lasting + need.replayed <= MEMORY_SHARE * psutil.virtual_memory().available:
         return "memory"
-    folder = given.folder
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if need.lasting <= min(given.cache_gib * 2**30, shutil.disk_usage(there).free / 2):
+    if need.lasting <= min(given.cache_gib * 2**30, shutil.disk_usage(nearest_folder(given.folder)).free / 2):
         return "disk"
     return "off"
 

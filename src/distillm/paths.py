@@ -22,6 +22,11 @@ def is_dir(path: Path) -> bool:
         return False
 
 
+def nearest_folder(path: Path) -> Path:
+    """``path``, or the nearest folder above it that is there: whose disk it would lie on."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
 def home(path: str | Path) -> Path:
     """``path`` with ~ as the user's home; as it is where there is no such home."""
     try:

@@ -392,8 +392,9 @@ def _no_better(project: Project, first: float, best: float) -> str:
     """What is said of a student that training has not made better, with the likeliest reason."""
     run = project.run
     said = f"by {run.validation.select} the student is no better than it was before training"
+    usual = "try a lower optim.lr, more steps, or optim.warmup_steps"
     if run.validation.select != "cross_entropy":
-        return f"{said}: try a lower optim.lr, more steps, or optim.warmup_steps"
+        return f"{said}: {usual}"
     said += f" ({first:.3f} then, {best:.3f} at best)"
     with part("validation", whole=True):
         teacher = teacher_cross_entropy(run, project.models, project.validation.examples)
@@ -402,7 +403,7 @@ def _no_better(project: Project, first: float, best: float) -> str:
             f"{said}, and the teacher ({teacher:.3f}) knows these responses less well than it did: fine-tune the "
             "teacher on them first (method.name=sft), or let it write them (data.responses=teacher)"
         )
-    return f"{said}: try a lower optim.lr, more steps, or optim.warmup_steps"
+    return f"{said}: {usual}"
 
 
 def _score_tests(project: Project, model: PreTrainedModel, system: str) -> None:

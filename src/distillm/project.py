@@ -77,8 +77,7 @@ class Project:
     @property
     def every(self) -> int:
         """Steps between validations."""
-        per_epoch = steps_per_epoch(len(self.train.examples), self.run.train.batch_size)
-        return self.run.validation.every or min(per_epoch, self.state.total_steps)
+        return validated_every(self.run, self.train, self.state.total_steps)
 
     def __repr__(self) -> str:
         return facts_lines("Project", self._facts())
@@ -164,6 +163,11 @@ def build(
         display=display,
         stop=stop,
     )
+
+
+def validated_every(run: Run, train: Rows, steps: int) -> int:
+    """Steps between validations in a run of so many ``steps`` over ``train``."""
+    return run.validation.every or min(steps_per_epoch(len(train.examples), run.train.batch_size), steps)
 
 
 def total_steps(run: Run, train: Rows) -> int:

@@ -5,12 +5,12 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .config import Run, make_run
-from .data import Task, read_rows
+from .data import Task, read_rows, roomy
 from .errors import ConfigError, DataError
 from .known import known
 from .models import load_tokenizer
@@ -45,7 +45,6 @@ class Found:
     answered: bool
     chat: bool | None
     lengths: tuple[int, int, int] | None = None
-    notes: list[str] = field(default_factory=list[str])
 
 
 def starting_yaml(
@@ -173,17 +172,14 @@ def _changed(spec: TaskSpec, found: Mapping[str, str]) -> dict[str, str]:
 
 
 def _lengths(task: Task, rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[int, int, int] | None:
-    """Tokens of the longest prompt, row and response of 98 in 100; none where a row is odd, which training says."""
+    """Limits for the tokens of prompt, row and response, which 98 in 100 are within; None for odd rows."""
     try:
         examples, _ = task.examples(rows, tokenizer, max_prompt=10**6, max_length=2 * 10**6, end_id=0, source="data")
     except (ConfigError, DataError):
         return None
-    at = math.ceil(0.98 * len(examples)) - 1
-    prompts, whole, responses = (
-        sorted(measure(example) for example in examples)
-        for measure in (lambda e: e.start, lambda e: len(e.tokens), lambda e: sum(e.targets))
-    )
-    return prompts[at], whole[at], responses[at]
+    measured = [(e.start, len(e.tokens), sum(e.targets)) for e in examples]
+    prompt, whole, response = (roomy(lengths) for lengths in zip(*measured, strict=True))
+    return prompt, whole, response
 
 
 def _written(teacher: str, student: str, data: str, method: str, output: str, found: Found) -> str:
@@ -231,22 +227,17 @@ def _data_lines(found: Found) -> list[str]:
         )
     if found.lengths is not None:
         prompt, whole, _ = found.lengths
-        prompt = _up(prompt)
-        whole = max(_up(whole), prompt + 8) if found.answered else prompt + 128
+        whole = max(whole, prompt + 8) if found.answered else prompt + 128
         lines.append(f"  max_prompt: {prompt}   # tokens; 98 of 100 rows are no longer")
         lines.append(f"  max_length: {whole}")
     return lines
 
 
 def _generation_lines(found: Found) -> list[str]:
-    most = None if found.lengths is None else _up(found.lengths[2]) if found.answered else 128
+    most = None if found.lengths is None else found.lengths[2] if found.answered else 128
     if most is None:
         return ["generation: {max_new_tokens: 128}   # the longest response that a model writes"]
     return [f"generation: {{max_new_tokens: {most}}}   # the longest response that a model writes, in tokens"]
-
-
-def _up(length: int) -> int:
-    return max(8, math.ceil(length / 8) * 8)
 
 
 def _quoted(text: str) -> str:

@@ -85,15 +85,20 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> int:
 
     It need not be the tokenizer's end token, which is the answer where the template writes none of ``end_ids``.
     """
+    after = behind_response(tokenizer)
+    ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if i in end_ids), cast(int, tokenizer.eos_token_id))
+
+
+def behind_response(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes behind the assistant's text; "" where it cannot say, or there is none."""
     said = "Twelve."
     messages = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": said}]
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False)) if tokenizer.chat_template else ""
     except (jinja2.TemplateError, ValueError):  # a template for questions only
         text = ""
-    after = text.rpartition(said)[2] if said in text else ""
-    ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
-    return next((i for i in ids if i in end_ids), cast(int, tokenizer.eos_token_id))
+    return text.rpartition(said)[2] if said in text else ""
 
 
 def train_tokenizer(

@@ -14,12 +14,13 @@ import torch
 from .. import schedules
 from ..accounting import peak_bytes, taken
 from ..assembly import make_optimizer, make_sampling
-from ..caching import MEMORY_SHARE, Need, cache_kind, states_needed
+from ..caching import MEMORY_SHARE
 from ..checkpoint import student_tensors
 from ..evaluation.run import seeds_used
 from ..generation import Mixture, generate
 from ..method_settings import Distillation, Distillm2, MiniLlm
-from ..sources import Draw, steps_per_epoch
+from ..paths import nearest_folder
+from ..sources import Draw
 from ..train import training_steps
 from ..types import Example, State, answer, last_turn
 from .subject import Subject
@@ -86,7 +87,7 @@ def estimate(subject: Subject) -> Cost:
     A step that would not fit is not tried. Where the device runs out of memory all the same, ``memory`` is what was
     held, and more than there is.
     """
-    disk, free_disk = _disk(subject), shutil.disk_usage(_there(Path(subject.run.output))).free
+    disk, free_disk = _disk(subject), shutil.disk_usage(nearest_folder(Path(subject.run.output))).free
     rows, free = heaviest(subject), _free(subject)
     foreseen = _held(subject) + _foreseen(subject, rows)
     if foreseen > free:
@@ -176,7 +177,7 @@ def _training(subject: Subject, trains: Rate, teacher: Rate | None, optimizer: f
     yield Work("training", optimizer * subject.steps, 0)
     if teacher is None or not subject.method.reads_teacher:
         return
-    need, kind = _cache(subject)
+    need, kind = subject.cache
     if kind != "off" and need.again:  # each row once, and what is written anew
         written = _written(subject) * row
         visited = min(visited, len(subject.rows.train.examples) * row + written)
@@ -188,21 +189,20 @@ def _writing(subject: Subject) -> Iterator[Work]:
     run, each = subject.run, min(subject.response_tokens, subject.run.generation.max_new_tokens)
     scored = len(subject.scored)
     answers = scored * len(seeds_used(run.evaluation.seeds, make_sampling(run, run.evaluation.temperature)))
-    validations = subject.steps / _every(subject) + 1
+    validations = subject.validations
     monitored = (run.validation.select, run.method.trigger if isinstance(run.method, Distillation) else "")
     rows = len(subject.rows.validation.examples)
     asked = min(run.validation.samples, rows) + (min(run.validation.rouge_rows, rows) if "rouge_l" in monitored else 0)
-    answers *= 1 + ("before" in run.evaluation.compare)
     writes = _writes(subject, "student")
     mix = run.method.teacher_mix if isinstance(run.method, MiniLlm) else 0.0
     drawn = _writes(subject, "student", mix) if mix else writes
     yield drawn.of("generation", _written(subject) * each)
     yield writes.of("validation", validations * asked * each)
-    yield writes.of("scoring", answers * each)
+    yield writes.of("scoring", (1 + ("before" in run.evaluation.compare)) * answers * each)
     teacher = subject.models.teacher
     to_write = len(subject.rows.train.examples) + len(subject.rows.validation.examples) if run.teacher_writes else 0
     to_write += _written(subject) if isinstance(run.method, Distillm2) else 0
-    to_score = answers / (1 + ("before" in run.evaluation.compare)) if "teacher" in run.evaluation.compare else 0
+    to_score = answers if "teacher" in run.evaluation.compare else 0
     if teacher is None or not (to_write or to_score):
         return
     writes = _writes(subject, "teacher")
@@ -213,12 +213,12 @@ def _writing(subject: Subject) -> Iterator[Work]:
 def _measuring(subject: Subject, student: Rate, teacher: Rate | None) -> Iterator[Work]:
     """Validation, and reading the test rows."""
     row = subject.prompt_tokens + subject.response_tokens
-    validated = (subject.steps / _every(subject) + 1) * len(subject.rows.validation.examples) * row
+    validated = subject.validations * len(subject.rows.validation.examples) * row
     scored = 2 * len(subject.scored) * row
     yield student.of("validation", validated)
     yield student.of("scoring", scored)
     if teacher is not None:
-        kind = _cache(subject)[1]
+        kind = subject.cache[1]
         yield teacher.of("validation", validated if kind == "off" else len(subject.rows.validation.examples) * row)
         yield teacher.of("scoring", scored)
 
@@ -264,11 +264,6 @@ def _written(subject: Subject) -> float:
     return share * subject.steps * run.train.batch_size
 
 
-def _every(subject: Subject) -> int:
-    per_epoch = steps_per_epoch(len(subject.rows.train.examples), subject.run.train.batch_size)
-    return subject.run.validation.every or min(per_epoch, subject.steps)
-
-
 def _at_once(subject: Subject) -> int:
     """Responses that are written at a time, at most."""
     run = subject.run
@@ -281,34 +276,9 @@ def _at_once(subject: Subject) -> int:
     return max(*sizes, 1)
 
 
-def _cache(subject: Subject) -> tuple[Need, str]:
-    """What keeping the teacher's states would take, and where they would be kept."""
-    rows, teacher = subject.rows, subject.run.teacher
-    if teacher is None or subject.models.pair.teacher is None or not subject.models.pair.teacher.keeps:
-        return Need(0, 0, again=False), "off"
-    if subject.models.teacher is None and teacher.server is None:
-        return Need(0, 0, again=True), "disk"
-    need = states_needed(
-        subject.run,
-        subject.models,
-        subject.method,
-        train=rows.train.examples,
-        validation=rows.validation.examples,
-        tests=subject.scored,
-        steps=subject.steps,
-    )
-    if not any(any(e.targets) for e in rows.train.examples):  # still to be written
-        one = states_needed(
-            subject.run, subject.models, subject.method, train=[], validation=subject.train, tests=[], steps=1
-        )
-        count = len(rows.validation.examples) + (len(rows.train.examples) if need.again else 0)
-        need = need._replace(lasting=one.lasting * count // len(subject.train))
-    return need, cache_kind(teacher, need)
-
-
 def _keeps(subject: Subject) -> int:
     """Bytes of the teacher's states that the memory of the machine holds."""
-    need, kind = _cache(subject)
+    need, kind = subject.cache
     if subject.accelerator.device.type == "cuda":  # states are kept in the CPU's memory
         return 0
     method, most = subject.run.method, int(MEMORY_SHARE * psutil.virtual_memory().available)
@@ -381,9 +351,5 @@ def _disk(subject: Subject) -> int:
     checkpoint = sum(t.numel() * t.element_size() for t in student_tensors(student).values())
     checkpoint += sum(2 * p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in student.parameters())
-    need, kind = _cache(subject)
+    need, kind = subject.cache
     return (subject.run.checkpoint.keep + 2) * checkpoint + weights + (need.lasting if kind == "disk" else 0)
-
-
-def _there(path: Path) -> Path:
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())

@@ -10,7 +10,7 @@ from typing import Any, cast
 from ..assess import measure, teacher_cross_entropy
 from ..caching import size
 from ..config import Run
-from ..data import LengthReport
+from ..data import LengthReport, eights, roomy
 from ..data_settings import Data
 from ..errors import DistillmError
 from ..generation import truncated
@@ -19,6 +19,7 @@ from ..readers import LocalTeacher
 from ..rows import end_of_response, placed, tokenised
 from ..tasks import CHAT
 from ..types import Example, last_turn
+from ..vocabulary import behind_response
 from .cost import Cost
 from .subject import Subject
 
@@ -176,15 +177,8 @@ def _fitting(subject: Subject) -> tuple[int, int]:
     source = placed(data, data.train, "train")
     rows = subject.read[source][: data.limit]
     examples = tokenised(_endless(data), source, rows, subject.models, lambda _: None).examples
-    prompts = sorted(last_turn(e).start for e in examples)
-    wholes = sorted(len(e.tokens) for e in examples)
-    at = min(len(examples) - 1, math.ceil(0.98 * len(examples)) - 1)
-    prompt = _rounded(max(prompts[at], data.max_prompt))
-    return prompt, max(_rounded(wholes[at]), data.max_length, prompt + 8)
-
-
-def _rounded(length: int) -> int:
-    return math.ceil(length / 8) * 8
+    prompt = max(roomy([last_turn(e).start for e in examples]), eights(data.max_prompt))
+    return prompt, max(roomy([len(e.tokens) for e in examples]), data.max_length, prompt + 8)
 
 
 def _ends(subject: Subject) -> Iterator[Finding]:
@@ -219,9 +213,8 @@ def _ends(subject: Subject) -> Iterator[Finding]:
 
 def _closing(subject: Subject) -> str | None:
     """What the chat template writes behind a response, if it is no end token of the models."""
-    tokenizer, said = subject.models.tokenizer, "Twelve."
-    messages = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": said}]
-    after = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition(said)[2].strip()
+    tokenizer = subject.models.tokenizer
+    after = behind_response(tokenizer).strip()
     ids: list[int] = cast(Any, tokenizer)(after, add_special_tokens=False)["input_ids"]
     return after if after and not set(ids) & set(subject.models.end_ids) else None
 
@@ -231,7 +224,7 @@ def _too_long_to_write(subject: Subject) -> Iterator[Finding]:
     lengths = [sum(last_turn(e).targets) for e in subject.rows.train.examples if any(e.targets)]
     longer = sum(length > most for length in lengths)
     if longer > MANY * max(len(lengths), 1):
-        needed = _rounded(sorted(lengths)[math.ceil(0.95 * len(lengths)) - 1])
+        needed = eights(sorted(lengths)[math.ceil(0.95 * len(lengths)) - 1])
         yield Finding(
             "length", f"{longer} of {len(lengths)} responses of the data are longer than generation.max_new_tokens="
             f"{most}: what models write will be cut, and scored so.",
@@ -328,5 +321,7 @@ def _cross_entropy(subject: Subject, examples: Sequence[Example]) -> float:
     """Of the teacher, where it is here, else of the student: nats a token."""
     run, models = subject.run, subject.models
     found = teacher_cross_entropy(run, models, examples)
+    if found is not None:
+        return found
     alone = replace(models, pair=replace(models.pair, teacher=None, cache=None))  # one that is not here reads no more
-    return measure(run, alone, examples)["cross_entropy"] if found is None else found
+    return measure(run, alone, examples)["cross_entropy"]

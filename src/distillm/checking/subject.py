@@ -2,13 +2,16 @@
 
 import statistics
 from dataclasses import dataclass
+from functools import cached_property
 
 from accelerate import Accelerator
 
+from ..caching import Need, cache_kind, states_needed
 from ..config import Run
 from ..loading import Models
 from ..method_settings import Distillation, Distillm2, MiniLlm
 from ..methods import Method
+from ..project import validated_every
 from ..rows import Read, RowSets
 from ..types import Example, last_turn
 
@@ -42,13 +45,41 @@ class Subject:
         """The test rows, of all sets."""
         return [example for rows in self.rows.tests.values() for example in rows.examples]
 
-    @property
+    @cached_property
     def prompt_tokens(self) -> float:
         """Of a training row, the mean."""
         return statistics.fmean(last_turn(e).start for e in self.rows.train.examples)
 
-    @property
+    @cached_property
     def response_tokens(self) -> float:
         """Of a training row, the mean; of those that were answered for this, where the data has no responses."""
         answered = [e for e in self.rows.train.examples if any(e.targets)] or self.train
         return statistics.fmean(sum(e.targets) for e in answered)
+
+    @property
+    def validations(self) -> float:
+        """How often the run validates."""
+        return self.steps / validated_every(self.run, self.rows.train, self.steps) + 1
+
+    @cached_property
+    def cache(self) -> tuple[Need, str]:
+        """What keeping the teacher's states would take, and where they would be kept."""
+        rows, teacher = self.rows, self.run.teacher
+        if teacher is None or self.models.pair.teacher is None or not self.models.pair.teacher.keeps:
+            return Need(0, 0, again=False), "off"
+        if self.models.teacher is None and teacher.server is None:
+            return Need(0, 0, again=True), "disk"
+        need = states_needed(
+            self.run,
+            self.models,
+            self.method,
+            train=rows.train.examples,
+            validation=rows.validation.examples,
+            tests=self.scored,
+            steps=self.steps,
+        )
+        if not any(any(e.targets) for e in rows.train.examples):  # still to be written
+            one = states_needed(self.run, self.models, self.method, train=[], validation=self.train, tests=[], steps=1)
+            count = len(rows.validation.examples) + (len(rows.train.examples) if need.again else 0)
+            need = need._replace(lasting=one.lasting * count // len(self.train))
+        return need, cache_kind(teacher, need)

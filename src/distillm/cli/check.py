@@ -6,9 +6,7 @@ import typer
 from rich.text import Text
 
 from ..config import load_run
-from . import complete
-from .common import plain_console
-from .train import Overrides
+from .common import Overrides, RunSource, plain_console
 
 if TYPE_CHECKING:
     from ..checking import Checked
@@ -21,12 +19,7 @@ _PLAIN = str.maketrans({"⟦": "[[", "⟧": "]]", "␤": "\\n", "·": "|", "…"
 
 
 def check(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="YAML|RECIPE|RUN", help="What `distillm train` would be given.", autocompletion=complete.sources
-        ),
-    ],
+    source: RunSource,
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=0, help="Tokenised rows to show.")] = 3,
 ) -> None:

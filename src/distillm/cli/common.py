@@ -13,10 +13,21 @@ from ..display import Terminal
 from ..errors import ConfigError, DataError
 from ..paths import is_file
 from ..writing import make_folder_of, write_text
+from . import complete
 
 if TYPE_CHECKING:
     from ..report import Row
 
+RunSource = Annotated[
+    str,
+    typer.Argument(
+        metavar="YAML|RECIPE|RUN", help="A YAML file, a recipe, or a run folder.", autocompletion=complete.sources
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted name.", autocompletion=complete.settings),
+]
 MaxNew = Annotated[
     int | None, typer.Option(min=1, help="Longest response, in tokens; a run's own, or 256, unless given.")
 ]

@@ -44,7 +44,7 @@ def init(
     from ..starting import stages, starting_yaml
 
     run, text = starting_yaml(teacher, student, data, method=method, fields=_pairs(fields), output=output)
-    name = f"./{file}" if str(file).startswith("-") else str(file)
+    name = _no_option(str(file))
     way = [("Look before you leap:", shlex.join(["distillm", "check", name])), *stages(run, name)]
     text += "\n# The way from here:\n" + "".join(f"#   {command}\n" for _, command in way)
     write(file, text)
@@ -100,7 +100,11 @@ def _line(command: str, text: str) -> str:
 
 def _word(path: str) -> str:
     """``path`` as a shell takes it for one, whatever is in it, and a command for no option."""
-    return shlex.quote(f"./{path}" if path.startswith("-") else path)
+    return shlex.quote(_no_option(path))
+
+
+def _no_option(path: str) -> str:
+    return f"./{path}" if path.startswith("-") else path
 
 
 def _is_run(path: Path) -> bool:

@@ -10,21 +10,11 @@ from ..config import load_run
 from ..errors import TrainingError
 from ..paths import is_file
 from . import complete
-from .common import plain_console, show_comparison
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted name.", autocompletion=complete.settings),
-]
+from .common import Overrides, RunSource, plain_console, show_comparison
 
 
 def train(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="YAML|RECIPE|RUN", help="A YAML file, a recipe, or a run folder.", autocompletion=complete.sources
-        ),
-    ],
+    source: RunSource,
     overrides: Overrides = None,
 ) -> None:
     """Distil: train a student, score it, and write the run folder with its report.

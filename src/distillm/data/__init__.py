@@ -3,7 +3,7 @@
 from .collate import collate, lay_out_prompts
 from .known import known_rows, located
 from .read import read_rows
-from .task import LengthReport, Task
+from .task import LengthReport, Task, eights, roomy
 from .text import all_texts, text_examples
 from .tokenize import encode_prompts, encode_responses, pieces, text_of
 
@@ -12,6 +12,7 @@ __all__ = [
     "Task",
     "all_texts",
     "collate",
+    "eights",
     "encode_prompts",
     "encode_responses",
     "known_rows",
@@ -19,6 +20,7 @@ __all__ = [
     "located",
     "pieces",
     "read_rows",
+    "roomy",
     "text_examples",
     "text_of",
 ]

@@ -1,5 +1,6 @@
 """A task at work: rows -> prompts by a template -> ``Example``, within the length limits."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -58,6 +59,16 @@ class _Made:
     cut: bool = False
     shortened: bool = False
     context: list[bool] = field(default_factory=list[bool])
+
+
+def eights(length: int) -> int:
+    """``length`` in tokens, rounded up to a multiple of eight."""
+    return max(8, math.ceil(length / 8) * 8)
+
+
+def roomy(lengths: Sequence[int]) -> int:
+    """A limit, in eights, that all but 2 of 100 of ``lengths`` are within."""
+    return eights(sorted(lengths)[math.ceil(0.98 * len(lengths)) - 1])
 
 
 class _Unset(dict[str, str]):
