@@ -67,7 +67,7 @@ def fixed(*batches: Sequence[Example]) -> Any:
 
 
 def context(source: Any, generate: Any = None, capacity: int = 100, seed: int = 0) -> Context:
-    return Context(source, 2, generate, ReplayBuffer(capacity), seed, [1])
+    return Context(source, 2, generate, ReplayBuffer(capacity), seed, [1], NUM_TOKENS)
 
 
 class Recorder(torch.optim.SGD):

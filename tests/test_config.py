@@ -160,6 +160,7 @@ def test_an_override_reaches_into_a_section_that_a_run_left_empty():
         (["method.divergence=rkl"], ["Did you mean reverse_kl?"]),
         (["method.divergence=js"], ["Did you mean jsd?"]),
         (["method={name: sft, capacity: 3}"], ["method.capacity: no such setting of sft"]),
+        (["method={name: kd, response_noise: 0.1}"], ["response_noise is in responses", "sampling is none"]),
         (["method={name: kd, capacity: 3}"], ["method: capacity belongs to replay", "sampling is none"]),
         (["method={name: gkd, tolerance: 3}"], ["tolerance belongs to an adaptive sampling", "sampling is mixed"]),
         (["method={name: kd, student_fraction: 1}"], ["student_fraction belongs to sampling=mixed"]),

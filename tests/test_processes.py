@@ -24,7 +24,7 @@ from tiny_run import Heard, events, figures, lines, materials, same_weights, sco
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {"name": "sft"},
     "kd": {"name": "kd", "kd_weight": 0.5},
-    "gkd": {"name": "gkd"},
+    "gkd": {"name": "gkd", "response_noise": 0.3},
     "distillm": {"name": "distillm", "initial_probability": 0.7, "capacity": 6, "replay_ratio": "constant"},
     "distillm2": {"name": "distillm2"},
     "minillm": {"name": "minillm"},

@@ -19,6 +19,7 @@ from distillm.sources import (
     beside,
     dataset,
     keyed,
+    noisy,
     paired,
     steps_per_epoch,
     student_rows,
@@ -362,3 +363,28 @@ def test_pairs_go_on_from_the_buffer_and_are_written_again_where_it_lacks_some()
     assert not again
     assert resumed(State(3, 8)).batch == "generated"  # the run was made longer
     assert again == [("student", 1), ("teacher", 1)]
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.sampled_from([0.1, 0.3, 1.0]), st.integers(0, 50))
+def test_noise_replaces_its_share_of_the_tokens_and_leaves_ends_and_lengths(share: float, seed: int) -> None:
+    def generate(prompts: Sequence[Example], state: State, *, steps: Sequence[int] | None = None) -> list[Example]:
+        return [answer(p, [7] * 99 + [1], "student", state.step) for p in prompts]
+
+    prompts, state = [row(i, 2, 1) for i in range(40)], State(3)
+    wrong = noisy(generate, share, 1000, [1, 2], seed)
+    found = wrong(prompts, state)
+    assert [r.prompt for r in found] == [p.prompt for p in prompts]
+    assert all(r.response[-1] == 1 and len(r.response) == 100 and r.born == 3 for r in found)
+    tokens = [token for r in found for token in r.response[:-1]]
+    assert not {1, 2} & set(tokens)
+    assert max(tokens) < 1000
+    # A replaced token is the old one in 1 of 998 draws.
+    changed, expected = sum(token != 7 for token in tokens), share * 997 / 998
+    assert abs(changed - expected * len(tokens)) <= 3.9 * math.sqrt(len(tokens) * expected * (1 - expected)) + 1e-9
+    replaced = [token for token in tokens if token != 7]
+    assert abs(sum(replaced) / len(replaced) - 501) < 4.5 * 1000 / math.sqrt(12 * len(replaced))
+    # Rows and steps have noise of their own, whatever they are written beside.
+    assert wrong(prompts[5:7], state) == found[5:7]
+    assert wrong(prompts[5:6], State(1), steps=[3])[0].tokens == found[5].tokens
+    assert len({tuple(r.response) for r in (*found, *wrong(prompts, State(4)))}) == 80

@@ -90,7 +90,7 @@ def make_method(
     left_out = {"name", "capacity", "capacity_per_process", "trigger"}
     settings = run.method.model_dump(exclude=left_out, exclude_none=not isinstance(run.method, MiniLlm))
     per_epoch = sources.steps_per_epoch(len(train), run.train.batch_size)
-    context = Context(data, per_epoch, write, buffer, run.seed, models.end_ids)
+    context = Context(data, per_epoch, write, buffer, run.seed, models.end_ids, models.pair.num_tokens)
     method = methods.METHODS[run.method.name](context, **settings)
     if not text:
         return method

@@ -110,6 +110,9 @@ class Distillation(Section):
     max_staleness: NonNegativeInt = 0
     """A step that generates also answers the prompts of the next so many steps, of those that will generate: one large
     batch, many times faster, by a student that is at most so many steps old. 0 is the published algorithm."""
+    response_noise: Fraction = 0.0
+    """An ablation: this share of the tokens that the student writes is replaced by tokens drawn evenly from the
+    vocabulary, ends aside, before a step trains on them."""
 
     @property
     def replays(self) -> bool:
@@ -151,6 +154,8 @@ class Distillation(Section):
             raise ValueError(f"off_policy says nothing about sampling={self.sampling}; leave it out")
         if self.sampling == "none" and self.max_staleness:
             raise ValueError("max_staleness is of responses that the student writes, and sampling is none")
+        if self.sampling == "none" and self.response_noise:
+            raise ValueError("response_noise is in responses that the student writes, and sampling is none")
         self._unused(("student_fraction",), self.sampling == "mixed", "sampling=mixed")
         self._unused(self._adaptive, self.adapts, "an adaptive sampling")
         self._unused(self._replay, self.replays, "replay (off_policy=true or sampling=adaptive_off_policy)")

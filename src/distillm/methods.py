@@ -42,6 +42,7 @@ class Context:
     buffer: ReplayBuffer
     seed: int
     end_ids: Sequence[int]
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def distillation(
     fill_first: bool = False,
     train_on_fresh: bool = False,
     max_staleness: int = 0,
+    response_noise: float = 0.0,
     **parameters: float,
 ) -> Method:
     """``kd_weight * D(p, q)``, per token, on rows by ``sampling``; the rest is cross-entropy on the dataset's rows.
@@ -96,9 +98,12 @@ def distillation(
     if sampling != "none":
         again = off_policy or sampling == "adaptive_off_policy"
         replay = Replay(context.buffer, REPLAY_RATIO[replay_ratio], fill_first, train_on_fresh) if again else None
+        generate: sources.Generate = context.generate
+        if response_noise:
+            generate = sources.noisy(generate, response_noise, context.num_tokens, context.end_ids, context.seed)
         source = sources.student_rows(
             context.data,
-            context.generate,
+            generate,
             probability=probability["adaptive" if sampling == "adaptive_off_policy" else sampling],
             seed=context.seed,
             end_ids=context.end_ids,

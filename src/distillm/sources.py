@@ -179,6 +179,29 @@ def student_rows(
     return source
 
 
+def noisy(generate: Generate, share: float, num_tokens: int, end_ids: Sequence[int], seed: int) -> Generate:
+    """``generate``, and each token it wrote replaced, with probability ``share``, by one drawn evenly from the others.
+
+    Ends are neither replaced nor drawn, so that responses keep their lengths.
+    """
+    others = [token for token in range(num_tokens) if token not in end_ids]
+
+    def written(prompts: Sequence[Example], state: State, *, steps: Sequence[int] | None = None) -> list[Example]:
+        rows = generate(prompts, state, steps=steps)
+        return [disturbed(row, step) for row, step in zip(rows, steps or [state.step] * len(rows), strict=True)]
+
+    def disturbed(row: Example, step: int) -> Example:
+        rng = keyed(seed, "noise", step, row.id)
+        drawn = [(rng.random() < share, rng.choice(others)) for _ in row.response]
+        response = [
+            other if replaced and token not in end_ids else token
+            for token, (replaced, other) in zip(row.response, drawn, strict=True)
+        ]
+        return replace(row, tokens=row.tokens[: len(row.tokens) - len(response)] + response)
+
+    return written
+
+
 def paired(
     data: Source,
     steps_per_epoch: int,

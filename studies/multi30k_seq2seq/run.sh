@@ -2,7 +2,7 @@
 # An encoder-decoder teacher from scratch and a student of a quarter of its size. Stopped, it goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-here=studies/multi30k_seq2seq runs=runs/multi30k-seq2seq
+here=studies/multi30k_seq2seq runs=runs/multi30k_seq2seq
 [ -d $runs/tokenizer ] || distillm tokenizer ../shared/data/multi30k/train.jsonl -o $runs/tokenizer --size 5000
 [ -f $runs/teacher/report.html ] || distillm train $here/teacher.yaml resume=auto
 [ -f $runs/student/report.html ] || distillm train $here/student.yaml resume=auto
