@@ -10,8 +10,8 @@ import typer
 from distillm.display import Display
 from distillm.errors import DistillmError
 
-from . import plan, smoke
-from .make import keep, make
+from . import pages, plan, smoke
+from .make import keep, kept_in, make
 from .plan import Place
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -36,6 +36,8 @@ def run(
         for name in studies or plan.names():
             display.note(f"\n{name}")
             failed |= make(plan.read(name), place, display, jobs, again=again)
+        if scratch is not None:
+            pages.write(scratch / "pages", lambda name: kept_in(plan.read(name), place))
     except DistillmError as error:
         display.note(f"error: {error}")
         raise typer.Exit(1) from None
@@ -52,6 +54,13 @@ def collect() -> None:
     """Keep the results of runs that have ended while others go on."""
     for name in plan.names():
         keep(plan.read(name), Place())
+
+
+@app.command(name="pages")
+def write_pages() -> None:
+    """Write docs/studies from the results that are kept."""
+    for path in pages.write(Path("docs/studies"), lambda name: kept_in(plan.read(name), Place())):
+        Display().note(str(path))
 
 
 if __name__ == "__main__":

@@ -69,8 +69,23 @@ class Axis(Strict):
         return self
 
 
+SHORT: dict[str, Any] = {
+    "train.steps": 2,
+    "train.batch_size": 4,
+    "train.micro_batch_size": 4,
+    "optim.warmup_steps": 0,
+    "validation.every": 1,
+    "validation.rouge_rows": 2,
+    "data.validation_size": 2,
+    "data.limit": 12,
+    "generation.max_new_tokens": 4,
+    "evaluation.limit": 3,
+}
+"""What makes any run of a study one of a second."""
+
+
 class Smoke(Strict):
-    """How the study is tried within seconds: settings of every run, and the variants that are made."""
+    """How the study is tried within seconds: settings beside ``SHORT``, and the variants that are made."""
 
     settings: dict[str, Any] = {}
     variants: list[str] | None = None
@@ -89,12 +104,15 @@ class Study(Strict):
     stages: list[Stage] = []
     base: str
     """The YAML file of the run that variants change; a path from `studies/`."""
+    settings: dict[str, Any] = {}
+    """Settings of every variant that differ from that file."""
     variants: dict[str, dict[str, Any]]
     seeds: list[int]
     seeds_of: dict[str, list[int]] = {}
     """Variants that are run with other seeds."""
     kind: Literal["methods", "ablations", "theory"] = "methods"
     baseline: str
+    """The variant that the others are compared with."""
     metric: str
     """The score that differences are tested by."""
     axes: list[Axis] = []
@@ -111,7 +129,9 @@ class Study(Strict):
 
 def names() -> list[str]:
     """The studies, in the order in which they are to be made."""
-    return sorted((path.parent.name for path in HERE.glob("*/study.yaml")), key=lambda name: len(read(name).needs))
+    return sorted(
+        (path.parent.name for path in HERE.glob("*/study.yaml")), key=lambda name: (len(read(name).needs), name)
+    )
 
 
 def read(name: str) -> Study:
@@ -161,14 +181,14 @@ def cells(study: Study, place: Place) -> list[Cell]:
             if seed not in study.seeds_of.get(variant, study.seeds) or (wanted is not None and variant not in wanted):
                 continue
             name = f"{variant}_seed-{seed}"
-            run = _run(study, study.base, settings | {"seed": seed}, place, name)
+            run = _run(study, study.base, study.settings | settings | {"seed": seed}, place, name)
             found.append(Cell({"variant": variant, "seed": str(seed)}, run))
     return found
 
 
 def _run(study: Study, file: str, settings: dict[str, Any], place: Place, name: str) -> Run:
     path = HERE / file
-    settings = settings | (study.smoke.settings if place.smoke else {})
+    settings = settings | (SHORT | study.smoke.settings if place.smoke else {})
     said = [f"{key}={json.dumps(place.moved(value))}" for key, value in settings.items()]
     said += [f"output={place.folder(study.name, name)}", "resume=auto"]
     return make_run(place.moved(read_yaml(str(path))), said, f"studies/{file}, {name}")

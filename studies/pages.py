@@ -1,0 +1,296 @@
+"""The pages of the studies, from the results that are kept: nothing on them comes from elsewhere."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from distillm.report.text import duration, score_name
+
+from . import claims, plan, plots, results
+from .plan import Axis, Study
+from .results import Result, mean_std, of_variant
+from .text import minutes, models_table, named, percent, setting, signed, spread, table
+
+Groups = dict[str, list[Result]]
+HEAD = "<!-- Made by `python -m studies pages` from the results beside each study: change those, or the script. -->"
+ROUGE = 4
+"""The column of a curve that holds validation ROUGE-L; 0 is the step and 1 the seconds."""
+
+
+def write(into: Path, folder: Callable[[str], Path]) -> list[Path]:
+    """Every page and figure, into ``into``; ``folder`` is where the results of a study are."""
+    into.mkdir(parents=True, exist_ok=True)
+    made: list[Path] = []
+    found = {name: (plan.read(name), results.load(folder(name))) for name in plan.names()}
+    found = {name: (study, kept) for name, (study, kept) in found.items() if groups_of(study, kept)}
+    writers = {"methods": methods_page, "ablations": ablations_page, "theory": theory_page}
+    for name, (study, kept) in found.items():
+        made.append(_page(into / f"{name}.md", writers[study.kind](study, kept, into)))
+    made.append(_page(into / "time.md", time_page(found, into)))
+    made.append(_page(into / "claims.md", claims.page(found)))
+    made.append(_page(into / "index.md", index_page(found)))
+    return made
+
+
+def _page(path: Path, lines: Sequence[str]) -> Path:
+    path.write_text("\n".join([HEAD, "", *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def groups_of(study: Study, kept: dict[str, Result]) -> Groups:
+    """The runs of each variant that has any."""
+    groups = {variant: of_variant(kept, variant) for variant in study.variants}
+    return {variant: runs for variant, runs in groups.items() if runs}
+
+
+def stages_of(study: Study, kept: dict[str, Result]) -> list[Result]:
+    """The runs that came first."""
+    return [kept[stage.name] for stage in study.stages if stage.train and stage.name in kept]
+
+
+def test_sets(groups: Groups) -> list[str]:
+    """The test sets of a study's runs."""
+    return list(dict.fromkeys(data for runs in groups.values() for run in runs for data in run.record["scores"]))
+
+
+def methods_page(study: Study, kept: dict[str, Result], into: Path) -> list[str]:
+    """Methods side by side: scores, differences, curves, equal time."""
+    groups = groups_of(study, kept)
+    lines = [*_opening(study, groups), "## Scores", ""]
+    for data in test_sets(groups):
+        lines += [f"**{data}**, {_num_rows(groups, data)} rows", ""]
+        lines += [*models_table(stages_of(study, kept), data), "", *_scores(study, groups, data), ""]
+    lines += [_reading(study), ""]
+    plots.curves(groups, ROUGE, "validation ROUGE-L", into / f"{study.name}-curves.svg")
+    lines += ["## Along the way", "", f"![validation ROUGE-L by steps and by minutes]({study.name}-curves.svg)", ""]
+    return [*lines, *_equal_time(study, groups, kept), "", *_trouble(study, groups, kept)]
+
+
+def _opening(study: Study, groups: Groups) -> list[str]:
+    runs = [run for found in groups.values() for run in found]
+    return [f"# {study.title}", "", study.about, "", *setting(study, runs, f"python -m studies run {study.name}"), ""]
+
+
+def _num_rows(groups: Groups, data: str) -> int:
+    run = next(run for runs in groups.values() for run in runs if data in run.record["rows"])
+    columns = next(seeds[0] for name, seeds in run.record["rows"][data].items() if name != "ids")
+    return max(len(column) for column in columns if isinstance(column, list))
+
+
+def _scores(study: Study, groups: Groups, data: str) -> list[str]:
+    names = [study.metric] + [
+        name
+        for name in next(iter(groups.values()))[0].record["scores"][data]
+        if name not in (study.metric, "response_tokens", "calibration_error", "exact_match", "perplexity")
+    ]
+    rows: list[list[str]] = []
+    for variant, runs in groups.items():
+        base = groups.get(study.baseline, [])
+        differs = (
+            signed(results.difference(runs, base, data, study.metric)) if base and variant != study.baseline else ""
+        )
+        scores = [spread(name, [run.score(data, name) for run in runs]) for name in names]
+        kept = ", ".join(str(_kept_step(run)) for run in runs)
+        shares = percent(sum(run.student_share for run in runs) / len(runs))
+        rows.append([named(variant), str(len(runs)), scores[0], differs, *scores[1:], shares, kept, minutes(runs)])
+    header = ["method", "seeds", score_name(study.metric), f"less {named(study.baseline)}"]
+    header += [*(score_name(name) for name in names[1:]), "student's rows, %", "kept step", "minutes"]
+    return table(header, rows)
+
+
+def _kept_step(run: Result) -> int:
+    """The step whose student was kept: the first with the best validation ROUGE-L."""
+    points = [point for point in run.record["curve"] if point[ROUGE] is not None]
+    return max(points, key=lambda point: point[ROUGE])[0] if points else run.record["steps"]
+
+
+def _reading(study: Study) -> str:
+    return (
+        f"± is the deviation over training seeds. In brackets the 95 % interval of the difference in "
+        f"{score_name(study.metric)}, by a bootstrap over test rows and training seeds together "
+        "([how](../evaluation.md)); † p < 0.05, ‡ p < 0.01, not corrected for the number of comparisons. "
+        "Student's rows: the share of steps that trained on what the student wrote. Minutes are those of the training "
+        "steps, writing included, with another run beside: compare them with each other alone."
+    )
+
+
+def _equal_time(study: Study, groups: Groups, kept: dict[str, Result]) -> list[str]:
+    """The best validation of each method by the time at which the fastest had made all its steps."""
+    limit = min(sum(run.seconds for run in runs) / len(runs) for runs in groups.values())
+    rows: list[list[str]] = []
+    for variant, runs in groups.items():
+        reached = [_by(run, limit) for run in runs]
+        steps = ", ".join(str(step) for step, _ in reached)
+        rows.append([named(variant), steps, spread("rouge_l", [value for _, value in reached])])
+    written = kept.get("responses")
+    note = ""
+    if written is not None and "seqkd" in groups:
+        record = written.record
+        note = (
+            f" SeqKD's time is that of its steps: the teacher's {record['rows']:,} responses took "
+            f"{duration(record['seconds'])} besides, once for all seeds."
+        )
+    text = (
+        f"What each had reached after {duration(limit)}, when the fastest had made all its steps: the best validation "
+        "ROUGE-L until then, of the same runs, whose learning rate was still to fall." + note
+    )
+    return ["## At equal time", "", text, "", *table(["method", "steps made", "validation ROUGE-L"], rows)]
+
+
+def _by(run: Result, limit: float) -> tuple[int, float | None]:
+    points = [point for point in run.record["curve"] if point[1] <= limit and point[ROUGE] is not None]
+    return points[-1][0], max(point[ROUGE] for point in points)
+
+
+def _trouble(study: Study, groups: Groups, kept: dict[str, Result]) -> list[str]:
+    """What a reader must know before believing the table: words of the study, and what the runs' events say."""
+    lines = list(study.remarks)
+    for variant, runs in groups.items():
+        worse = sum("worse" in run.record["events"] for run in runs)
+        skipped = sum(run.record["events"].get("skipped", 0) for run in runs)
+        if worse:
+            lines.append(
+                f"{named(variant)}: in {worse} of {len(runs)} runs no validation was better than before training."
+            )
+        if skipped:
+            lines.append(f"{named(variant)}: {skipped} steps were skipped, because their loss was not finite.")
+    missing = [named(v) for v in study.variants if v not in groups]
+    if missing:
+        lines.append(f"Not made yet: {', '.join(missing)}.")
+    return ["## To be known", "", *(f"- {line}" for line in lines)] if lines else []
+
+
+def ablations_page(study: Study, kept: dict[str, Result], into: Path) -> list[str]:
+    """One table and perhaps one plot for each axis."""
+    groups = groups_of(study, kept)
+    (data,) = test_sets(groups)
+    lines = [*_opening(study, groups), _reading(study), ""]
+    for axis in study.axes:
+        there = {label: groups[variant] for label, variant in axis.values.items() if variant in groups}
+        if axis.reference in there and len(there) > 1:
+            lines += _axis(study, axis, there, data, into)
+    return [*lines, *_trouble(study, groups, kept)]
+
+
+def _axis(study: Study, axis: Axis, there: Groups, data: str, into: Path) -> list[str]:
+    rows: list[list[str]] = []
+    base = there[axis.reference]
+    for label, runs in there.items():
+        differs = "" if label == axis.reference else signed(results.difference(runs, base, data, study.metric))
+        rows.append(
+            [
+                f"**{label}**" if label == axis.reference else label,
+                str(len(runs)),
+                spread(study.metric, [run.score(data, study.metric) for run in runs]),
+                differs,
+                spread("divergence", [run.score(data, "divergence") for run in runs]),
+                spread("truncated", [run.score(data, "truncated") for run in runs]),
+                percent(sum(run.student_share for run in runs) / len(runs)),
+                percent(sum(run.record["batches"]["generated"] / run.record["steps"] for run in runs) / len(runs)),
+                minutes(runs),
+            ]
+        )
+    header = [axis.name, "seeds", score_name(study.metric), f"less {axis.reference}", "divergence", "cut by length, %"]
+    lines = [f"## {axis.name[0].upper()}{axis.name[1:]}", "", axis.about, ""]
+    lines += [*table([*header, "student's rows, %", "written anew, %", "minutes"], rows), ""]
+    if axis.numeric:
+        file = f"{study.name}-{axis.name.replace(' ', '-').lower()}.svg"
+        values = {label: mean_std([run.score(data, study.metric) for run in runs]) for label, runs in there.items()}
+        points = [(label, *value) for label, value in values.items() if value is not None]
+        plots.axis_plot(points, axis.name, score_name(study.metric), into / file)
+        lines += [f"![{score_name(study.metric)} by {axis.name}]({file})", ""]
+    return lines
+
+
+def theory_page(study: Study, kept: dict[str, Result], into: Path) -> list[str]:
+    """The gradients of the study's own models, for several skews."""
+    groups = groups_of(study, kept)
+    lines = _opening(study, groups)
+    for stage in study.stages:
+        if stage.analyse and stage.name in kept:
+            found = kept[stage.name].record
+            rows = found["gradients"]
+            plots.gradients(rows, into / f"{study.name}-{stage.name}.svg")
+            batches = found["settings"]["batches"]
+            lines += [
+                f"## The gradient of a batch, for several skews: {found['of']}",
+                "",
+                f"Mean and variance of its norm over {batches} batches, at the weights of each checkpoint of the run; "
+                "no step is made. A skewed divergence's coefficient has the factor 1 - a: divide by it to compare sizes.",
+                "",
+                f"![size and variance of the gradient]({study.name}-{stage.name}.svg)",
+                "",
+                *_last_gradients(rows),
+                "",
+            ]
+    return [*lines, *_trouble(study, groups, kept)]
+
+
+def _last_gradients(rows: list[dict[str, float]]) -> list[str]:
+    steps = list(dict.fromkeys(row["step"] for row in rows))
+    shown = [
+        [
+            str(row["divergence"]).replace("_", " "),
+            f"{row['alpha']:g}",
+            str(row["step"]),
+            f"{row['mean']:.3g}",
+            f"{row['variance'] ** 0.5 / row['mean']:.3f}",
+        ]
+        for row in rows
+        if row["step"] in (steps[0], steps[-1])
+    ]
+    return table(["divergence", "skew", "step", "mean norm", "deviation / mean"], shown)
+
+
+def time_page(found: dict[str, tuple[Study, dict[str, Result]]], into: Path) -> list[str]:
+    """Where the time of each method goes, by the runs' own accounting."""
+    lines = [
+        "# Time and its parts",
+        "",
+        "By the accounting that every run keeps (`kind: time` in its metrics.jsonl), the mean over training seeds. Two "
+        "runs shared one core with two threads: ratios mean more than seconds, and operations, which are counted, more "
+        "than both. The teacher's states are not cached here, so that each of its readings is paid.",
+        "",
+    ]
+    for name, (study, kept) in found.items():
+        groups = groups_of(study, kept)
+        if study.kind != "methods":
+            continue
+        plots.times(groups, into / f"{name}-time.svg")
+        base = groups.get(study.baseline)
+        rows: list[list[str]] = []
+        for variant, runs in groups.items():
+            parts = {part: sum(run.record["parts"].get(part, 0.0) for run in runs) for part in plots.PARTS}
+            whole = sum(run.seconds for run in runs)
+            ratio = spread("ratio", [_against(run, base, "seconds") for run in runs]) if base else "–"
+            work = spread("ratio", [_against(run, base, "flops") for run in runs]) if base else "–"
+            shares = [percent(parts[part] / whole) for part in ("generation", "teacher")]
+            rows.append([named(variant), minutes(runs), ratio, work, *shares])
+        header = ["method", "minutes", f"time / {named(study.baseline)}", f"operations / {named(study.baseline)}"]
+        lines += [f"## {study.title}", "", *table([*header, "writing, % of the time", "teacher, %"], rows), ""]
+        lines += [f"![seconds of a step by part]({name}-time.svg)", ""]
+    return lines
+
+
+def _against(run: Result, base: Sequence[Result], key: str) -> float:
+    return run.record[key] / (sum(other.record[key] for other in base) / len(base))
+
+
+def index_page(found: dict[str, tuple[Study, dict[str, Result]]]) -> list[str]:
+    """What there is."""
+    rows = [
+        [f"[{study.title}]({name}.md)", str(sum(map(len, groups_of(study, kept).values())))]
+        for name, (study, kept) in found.items()
+    ]
+    return [
+        "# The studies",
+        "",
+        "The paper's comparisons, repeated on real data at the scale of a small CPU, with everything that is needed to "
+        "repeat them: settings under `studies/`, one command for each, and the results of every run beside its settings, "
+        "from which these pages are made. **[What held and what did not](claims.md)** puts the paper's claims beside "
+        "them; [time](time.md) is told by the runs' own accounting.",
+        "",
+        *table(["study", "runs"], rows),
+        "",
+        "`python -m studies run NAME` makes what is missing of one, `python -m studies run --smoke` tries all on made-up "
+        "rows, `python -m studies pages` writes these pages.",
+    ]

@@ -1,0 +1,94 @@
+"""The figures of the pages, as SVG: the same results give the same file."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from .results import Result, mean_std
+from .text import named
+
+mpl.rcParams["svg.hashsalt"] = "distillm"
+COLOURS = ("#4c566a", "#2e7d32", "#8d6e63", "#00838f", "#5e35b1", "#c62828", "#1565c0", "#ef6c00", "#ad1457")
+PARTS = ("generation", "teacher", "student forward", "student backward", "loss", "optimizer")
+"""Parts of a step that the time page shows; whatever else a run did is told in its own report."""
+
+
+def curves(groups: Mapping[str, Sequence[Result]], column: int, label: str, path: Path) -> None:
+    """A validation figure of each variant, the mean over its seeds, by steps and by minutes."""
+    figure, axes = _axes(2)
+    for colour, (variant, runs) in zip(COLOURS, groups.items(), strict=False):
+        points = _mean_curve(runs, column)
+        for axis, x in zip(axes, (0, 1), strict=True):
+            axis.plot([p[x] for p in points], [p[2] for p in points], marker=".", color=colour, label=named(variant))
+    axes[0].set(xlabel="steps", ylabel=label)
+    axes[1].set(xlabel="minutes of training")
+    axes[0].legend(fontsize="small")
+    _save(figure, path)
+
+
+def _mean_curve(runs: Sequence[Result], column: int) -> list[tuple[float, float, float]]:
+    found: list[tuple[float, float, float]] = []
+    for points in zip(*(run.record["curve"] for run in runs), strict=False):
+        values = [point[column] for point in points]
+        if None not in values:
+            count = len(points)
+            found.append((points[0][0], sum(p[1] for p in points) / 60 / count, sum(values) / count))
+    return found
+
+
+def axis_plot(rows: Sequence[tuple[str, float, float | None]], xlabel: str, ylabel: str, path: Path) -> None:
+    """A score against the values of an axis that has numbers, with the deviation over seeds."""
+    figure, (axis,) = _axes(1)
+    places = range(len(rows))
+    spread = [row[2] or 0.0 for row in rows]
+    axis.errorbar(list(places), [row[1] for row in rows], yerr=spread, marker="o", capsize=3, color=COLOURS[6])
+    axis.set_xticks(list(places), [row[0] for row in rows])
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    _save(figure, path)
+
+
+def times(groups: Mapping[str, Sequence[Result]], path: Path) -> None:
+    """Where the seconds of a step go, stacked, for each method."""
+    figure, (axis,) = _axes(1, height=0.45 * len(groups) + 1.2)
+    left = [0.0] * len(groups)
+    for colour, part in zip(COLOURS, PARTS, strict=False):
+        means = [
+            mean_std([run.record["parts"].get(part, 0.0) / run.record["steps"] for run in g]) for g in groups.values()
+        ]
+        widths = [0.0 if mean is None else mean[0] for mean in means]
+        axis.barh([named(v) for v in groups], widths, left=left, color=colour, label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axis.invert_yaxis()
+    axis.set(xlabel="seconds a step")
+    axis.legend(fontsize="small")
+    _save(figure, path)
+
+
+def gradients(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Size and variance of a batch's gradient over training, by skew."""
+    names = list(dict.fromkeys(row["divergence"] for row in rows))
+    figure, axes = _axes(len(names), 2)
+    for column, name in enumerate(names):
+        for row, (key, label) in enumerate((("mean", "mean norm"), ("variance", "variance of the norm"))):
+            axis = axes[row * len(names) + column]
+            for colour, alpha in zip(COLOURS, dict.fromkeys(r["alpha"] for r in rows), strict=False):
+                mine = [r for r in rows if r["divergence"] == name and r["alpha"] == alpha]
+                axis.plot(
+                    [r["step"] for r in mine], [r[key] for r in mine], marker=".", color=colour, label=f"{alpha:g}"
+                )
+            axis.set(title=name.replace("_", " "), xlabel="step", ylabel=label, yscale="log")
+    axes[0].legend(fontsize="small", title="skew")
+    _save(figure, path)
+
+
+def _axes(columns: int, rows: int = 1, height: float = 3.4) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(5.2 * columns, height * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})

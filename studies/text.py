@@ -1,0 +1,118 @@
+"""Pieces of a page: tables, numbers with their spread, differences with their intervals."""
+
+from collections.abc import Sequence
+
+from distillm.evaluation import Difference
+from distillm.report.differences import MARKS
+from distillm.report.text import decimals, duration, parameter_count, score_name
+
+from .plan import Study
+from .results import Result, mean_std
+
+NAMES = {
+    "sft": "SFT",
+    "kd": "KD",
+    "seqkd": "SeqKD",
+    "imitkd": "ImitKD",
+    "gkd": "GKD",
+    "minillm": "MiniLLM",
+    "distillm-skl": "DistiLLM, SKL",
+    "distillm-srkl": "DistiLLM, SRKL",
+    "distillm2": "DistiLLM-2",
+}
+"""What variants are called on the pages."""
+
+
+def named(variant: str) -> str:
+    """The name of a variant for a reader."""
+    return NAMES.get(variant, variant)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; all columns but the first are aligned to the right."""
+    lines = [f"| {' | '.join(header)} |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def spread(name: str, values: Sequence[float | None]) -> str:
+    """``mean ± deviation`` of a score over training seeds."""
+    found = mean_std(values)
+    if found is None:
+        return "–"
+    mean, std = found
+    places = decimals(name)
+    return f"{mean:.{places}f}" if std is None else f"{mean:.{places}f} ± {std:.{places}f}"
+
+
+def mark(found: Difference) -> str:
+    """‡ for p < 0.01, † for p < 0.05."""
+    return next((sign for level, sign in MARKS if found.p < level), "")
+
+
+def signed(found: Difference) -> str:
+    """A difference, its 95 % interval and its mark."""
+    return f"{found.difference:+.2f} [{found.low:+.2f}, {found.high:+.2f}] {mark(found)}".rstrip()
+
+
+def minutes(results: Sequence[Result]) -> str:
+    """Mean minutes of training."""
+    found = mean_std([result.seconds for result in results])
+    return "–" if found is None else f"{found[0] / 60:.1f}"
+
+
+def percent(value: float) -> str:
+    """A share as a percentage."""
+    return f"{100 * value:.0f}"
+
+
+def setting(study: Study, runs: Sequence[Result], command: str) -> list[str]:
+    """What all runs of a page have in common."""
+    sizes = {name: {run.record["parameters"].get(name) for run in runs} - {None} for name in ("teacher", "student")}
+    shown = {name: ", ".join(parameter_count(n) for n in sorted(found)) for name, found in sizes.items()}
+    steps = sorted({(run.record["steps"], run.record["batch_size"]) for run in runs})
+    trained = ", ".join(f"{count} steps of {size} rows" for count, size in steps)
+    return [
+        f"- **Command**: `{command}`; stopped, it goes on where it stopped.",
+        f"- **Models**: teacher {shown['teacher']}, student {shown['student']} parameters.",
+        f"- **Each run**: {trained}, from {_rows(runs)} training rows.",
+        f"- **Code**: {revisions(runs)}.",
+        f"- **Machine**: {machines(runs)}.",
+    ]
+
+
+def _rows(runs: Sequence[Result]) -> str:
+    return ", ".join(f"{count:,}" for count in sorted({run.record["rows"]["train"] for run in runs}))
+
+
+def revisions(runs: Sequence[Result]) -> str:
+    """The code that made the runs, and when."""
+    trees = sorted({run.record["code"][:10] for run in runs})
+    commits = sorted({(run.record["git"] or "unknown")[:10] for run in runs})
+    days = sorted({run.record["started"][:10] for run in runs})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return f"revision {', '.join(commits)} (`src/distillm` is tree {', '.join(trees)}), {when}"
+
+
+def machines(runs: Sequence[Result]) -> str:
+    """Where the runs were made."""
+    found = sorted({(r.record["device"], r.record["machine"], r.record["threads"], r.record["torch"]) for r in runs})
+    return "; ".join(
+        f"{device}, {machine}, {threads} thread a run, torch {torch}" for device, machine, threads, torch in found
+    )
+
+
+def models_table(stages: Sequence[Result], data: str) -> list[str]:
+    """What the teacher and the student before distillation score, and what they cost."""
+    names = list(dict.fromkeys(n for stage in stages for n in stage.record["scores"].get(data, {})))
+    shown = [name for name in names if name not in ("response_tokens", "calibration_error", "exact_match")]
+    rows = [
+        [
+            stage.name,
+            parameter_count(stage.record["parameters"]["student"]),
+            f"{stage.record['steps']:,}",
+            duration(stage.seconds),
+            *(spread(name, [stage.score(data, name)]) for name in shown),
+        ]
+        for stage in stages
+    ]
+    return table(["", "parameters", "steps", "training", *map(score_name, shown)], rows)
