@@ -48,8 +48,8 @@ def page(found: Found) -> list[str]:
         "# What held and what did not",
         "",
         "Claims of DistiLLM (Ko et al., ICML 2024, arXiv:2402.03898), in our words, beside what these studies saw, at "
-        "their scale: small models and minutes of training. *Held*: the 95 % interval lies on the claim's side of zero. "
-        "*Reversed*: it lies on the other. *Open*: it holds zero, so that these runs cannot tell. A claim that is open "
+        "their scale: small models and minutes of training. *Held*: the 95 % interval lies on the claim's side of "
+        "zero. *Reversed*: it lies on the other. *Open*: it holds zero, so that these runs cannot tell. A claim that is open "
         "or reversed here may well be true of larger models trained for longer.",
         "",
     ]
@@ -109,7 +109,7 @@ def _by_run(comparison: Comparison, ours: Sequence[Result], theirs: Sequence[Res
 
 
 def _verdict_of(comparison: Comparison, ours: Sequence[Result], theirs: Sequence[Result]) -> str:
-    """Of figures that each run has one of: held where every run of the one is on the claim's side of all of the other."""
+    """Of figures that each run has one of: held where all runs of the one are on the claim's side of all others."""
     mine = [value * comparison.factor for value in _values(comparison, ours)]
     other = _values(comparison, theirs)
     if not mine or not other:

@@ -84,7 +84,7 @@ def make_stage(study: Study, stage: Stage, place: Place, display: Display) -> No
         path = kept_in(study, place) / f"{stage.name}.json"
         if not path.is_file():
             source = place.folder(study.name, f"{stage.analyse}_seed-{study.seeds[0]}")
-            batches, alphas = (1, stage.alphas[:1]) if place.smoke else (stage.batches, stage.alphas)
+            batches, alphas = (2, stage.alphas[:1]) if place.smoke else (stage.batches, stage.alphas)
             found = analyse_run(str(source), display, batches=batches, alphas=alphas)
             write_text(path, results.as_json(found | {"of": source.name, "code": results.code()}))
 

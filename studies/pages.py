@@ -71,8 +71,8 @@ def _opening(study: Study, groups: Groups) -> list[str]:
 
 
 def _num_rows(groups: Groups, data: str) -> int:
-    run = next(run for runs in groups.values() for run in runs if data in run.record["rows"])
-    columns = next(seeds[0] for name, seeds in run.record["rows"][data].items() if name != "ids")
+    run = next(run for runs in groups.values() for run in runs if data in run.record["statistics"])
+    columns = next(seeds[0] for name, seeds in run.record["statistics"][data].items() if name != "ids")
     return max(len(column) for column in columns if isinstance(column, list))
 
 
@@ -89,18 +89,12 @@ def _scores(study: Study, groups: Groups, data: str) -> list[str]:
             signed(results.difference(runs, base, data, study.metric)) if base and variant != study.baseline else ""
         )
         scores = [spread(name, [run.score(data, name) for run in runs]) for name in names]
-        kept = ", ".join(str(_kept_step(run)) for run in runs)
+        kept = ", ".join(str(run.record["kept_step"]) for run in runs)
         shares = percent(sum(run.student_share for run in runs) / len(runs))
         rows.append([named(variant), str(len(runs)), scores[0], differs, *scores[1:], shares, kept, minutes(runs)])
     header = ["method", "seeds", score_name(study.metric), f"less {named(study.baseline)}"]
     header += [*(score_name(name) for name in names[1:]), "student's rows, %", "kept step", "minutes"]
     return table(header, rows)
-
-
-def _kept_step(run: Result) -> int:
-    """The step whose student was kept: the first with the best validation ROUGE-L."""
-    points = [point for point in run.record["curve"] if point[ROUGE] is not None]
-    return max(points, key=lambda point: point[ROUGE])[0] if points else run.record["steps"]
 
 
 def _reading(study: Study) -> str:
@@ -215,7 +209,7 @@ def theory_page(study: Study, kept: dict[str, Result], into: Path) -> list[str]:
                 f"## The gradient of a batch, for several skews: {found['of']}",
                 "",
                 f"Mean and variance of its norm over {batches} batches, at the weights of each checkpoint of the run; "
-                "no step is made. A skewed divergence's coefficient has the factor 1 - a: divide by it to compare sizes.",
+                "no step is made. A skewed divergence's coefficient has the factor 1 - a: divide by it to compare.",
                 "",
                 f"![size and variance of the gradient]({study.name}-{stage.name}.svg)",
                 "",
@@ -285,12 +279,12 @@ def index_page(found: dict[str, tuple[Study, dict[str, Result]]]) -> list[str]:
         "# The studies",
         "",
         "The paper's comparisons, repeated on real data at the scale of a small CPU, with everything that is needed to "
-        "repeat them: settings under `studies/`, one command for each, and the results of every run beside its settings, "
-        "from which these pages are made. **[What held and what did not](claims.md)** puts the paper's claims beside "
+        "repeat them: settings under `studies/`, one command for each, and the results of every run beside its "
+        "settings, from which these pages are made. **[What held and what did not](claims.md)** puts the paper's claims beside "
         "them; [time](time.md) is told by the runs' own accounting.",
         "",
         *table(["study", "runs"], rows),
         "",
-        "`python -m studies run NAME` makes what is missing of one, `python -m studies run --smoke` tries all on made-up "
-        "rows, `python -m studies pages` writes these pages.",
+        "`python -m studies run NAME` makes what is missing of one, `python -m studies run --smoke` tries all on "
+        "made-up rows, `python -m studies pages` writes these pages.",
     ]

@@ -120,7 +120,9 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _known(self) -> "Study":
-        named = [self.baseline, *self.seeds_of, *(v for axis in self.axes for v in axis.values.values())]
+        named = [self.baseline, *self.seeds_of, *(self.smoke.variants or [])]
+        named += [variant for axis in self.axes for variant in axis.values.values()]
+        named += [variant for stage in self.stages for variant in (stage.responses, stage.analyse) if variant]
         unknown = [name for name in named if name not in self.variants]
         if unknown:
             raise ValueError(f"{self.name}: no variant is called {unknown[0]}")

@@ -46,13 +46,15 @@ class Result:
 
     def statistics(self, data: str, metric: str) -> Array:
         """``[decoding seeds, rows, k]``, whose sums over rows make the score."""
-        seeds = [np.broadcast_arrays(*map(np.asarray, columns)) for columns in self.record["rows"][data][metric]]
+        seeds = [np.broadcast_arrays(*map(np.asarray, columns)) for columns in self.record["statistics"][data][metric]]
         return np.stack([np.stack(columns, axis=-1).astype(np.float64) for columns in seeds])
 
 
 def settings_digest(run: Run) -> str:
-    """A name for all that a run's result depends on."""
-    settings = run.model_dump(mode="json", exclude={"output", "resume", "overwrite", "provenance"})
+    """A name for all settings that a run's result depends on and that are not the defaults."""
+    settings = run.model_dump(
+        mode="json", exclude={"output", "resume", "overwrite", "provenance"}, exclude_defaults=True
+    )
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -82,6 +84,7 @@ def record_of(run: Run, folder: Path, metrics: Sequence[str], source: str) -> di
         "parameters": {name: models[name]["parameters"] for name in models},
         "steps": found.last_step,
         "batch_size": run.train.batch_size,
+        "kept_step": max((e["step"] for e in found.events if e["event"] == "best"), default=found.last_step),
         "seconds": round(spent, 1),
         "parts": {name: round(seconds, 1) for name, seconds in found.parts.items()},
         "flops": found.flops,
@@ -98,7 +101,7 @@ def record_of(run: Run, folder: Path, metrics: Sequence[str], source: str) -> di
         "scores": {
             s.data: {name: {"mean": score.mean, "std": score.std} for name, score in s.scores.items()} for s in scored
         },
-        "rows": {s.data: _rows(s.path, metrics) for s in scored if s.path is not None},
+        "statistics": {s.data: _rows(s.path, metrics) for s in scored if s.path is not None},
     }
 
 
