@@ -49,8 +49,9 @@ def page(found: Found) -> list[str]:
         "",
         "Claims of DistiLLM (Ko et al., ICML 2024, arXiv:2402.03898), in our words, beside what these studies saw, at "
         "their scale: small models and minutes of training. *Held*: the 95 % interval lies on the claim's side of "
-        "zero. *Reversed*: it lies on the other. *Open*: it holds zero, so that these runs cannot tell. A claim that is open "
-        "or reversed here may well be true of larger models trained for longer.",
+        "zero. *Reversed*: it lies on the other. *Open*: it holds zero, so that these runs cannot tell. A claim that "
+        "is open or reversed here may well be true of larger models trained for longer. Times have no interval: "
+        "*held* is where all runs of the one are faster than all of the other.",
         "",
     ]
     for claim in read():

@@ -71,9 +71,8 @@ def _opening(study: Study, groups: Groups) -> list[str]:
 
 
 def _num_rows(groups: Groups, data: str) -> int:
-    run = next(run for runs in groups.values() for run in runs if data in run.record["statistics"])
-    columns = next(seeds[0] for name, seeds in run.record["statistics"][data].items() if name != "ids")
-    return max(len(column) for column in columns if isinstance(column, list))
+    kept = (run.record["statistics"].get(data) for runs in groups.values() for run in runs)
+    return next(rows["num_rows"] for rows in kept if rows is not None)
 
 
 def _scores(study: Study, groups: Groups, data: str) -> list[str]:
@@ -112,7 +111,7 @@ def _equal_time(study: Study, groups: Groups, kept: dict[str, Result]) -> list[s
     limit = min(sum(run.seconds for run in runs) / len(runs) for runs in groups.values())
     rows: list[list[str]] = []
     for variant, runs in groups.items():
-        reached = [_by(run, limit) for run in runs]
+        reached = [reached_by(run, limit) for run in runs]
         steps = ", ".join(str(step) for step, _ in reached)
         rows.append([named(variant), steps, spread("rouge_l", [value for _, value in reached])])
     written = kept.get("responses")
@@ -130,7 +129,8 @@ def _equal_time(study: Study, groups: Groups, kept: dict[str, Result]) -> list[s
     return ["## At equal time", "", text, "", *table(["method", "steps made", "validation ROUGE-L"], rows)]
 
 
-def _by(run: Result, limit: float) -> tuple[int, float | None]:
+def reached_by(run: Result, limit: float) -> tuple[int, float | None]:
+    """The steps made within ``limit`` seconds, as far as validations tell, and the best ROUGE-L of those."""
     points = [point for point in run.record["curve"] if point[1] <= limit and point[ROUGE] is not None]
     return points[-1][0], max(point[ROUGE] for point in points)
 
@@ -280,8 +280,8 @@ def index_page(found: dict[str, tuple[Study, dict[str, Result]]]) -> list[str]:
         "",
         "The paper's comparisons, repeated on real data at the scale of a small CPU, with everything that is needed to "
         "repeat them: settings under `studies/`, one command for each, and the results of every run beside its "
-        "settings, from which these pages are made. **[What held and what did not](claims.md)** puts the paper's claims beside "
-        "them; [time](time.md) is told by the runs' own accounting.",
+        "settings, from which these pages are made. **[What held and what did not](claims.md)** puts the paper's "
+        "claims beside them; [time](time.md) is told by the runs' own accounting.",
         "",
         *table(["study", "runs"], rows),
         "",

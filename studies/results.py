@@ -46,15 +46,16 @@ class Result:
 
     def statistics(self, data: str, metric: str) -> Array:
         """``[decoding seeds, rows, k]``, whose sums over rows make the score."""
-        seeds = [np.broadcast_arrays(*map(np.asarray, columns)) for columns in self.record["statistics"][data][metric]]
+        kept = self.record["statistics"][data]
+        seeds = [[np.broadcast_to(column, kept["num_rows"]) for column in columns] for columns in kept[metric]]
         return np.stack([np.stack(columns, axis=-1).astype(np.float64) for columns in seeds])
 
 
 def settings_digest(run: Run) -> str:
     """A name for all settings that a run's result depends on and that are not the defaults."""
-    settings = run.model_dump(
-        mode="json", exclude={"output", "resume", "overwrite", "provenance"}, exclude_defaults=True
-    )
+    left_out = {"output", "resume", "overwrite", "provenance"}
+    settings = run.model_dump(mode="json", exclude=left_out, exclude_defaults=True)
+    settings["method"] = {"name": run.method.name} | settings["method"]  # a name is its section's default
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -85,8 +86,8 @@ def record_of(run: Run, folder: Path, metrics: Sequence[str], source: str) -> di
         "steps": found.last_step,
         "batch_size": run.train.batch_size,
         "kept_step": max((e["step"] for e in found.events if e["event"] == "best"), default=found.last_step),
-        "seconds": round(spent, 1),
-        "parts": {name: round(seconds, 1) for name, seconds in found.parts.items()},
+        "seconds": round(spent, 3),
+        "parts": {name: round(seconds, 3) for name, seconds in found.parts.items()},
         "flops": found.flops,
         "peak_bytes": found.peak_bytes,
         "batches": {
@@ -95,7 +96,7 @@ def record_of(run: Run, folder: Path, metrics: Sequence[str], source: str) -> di
         "events": _events(found),
         "probability": found.steps[-1].get("probability"),
         "curve": [
-            [v["step"], round(at.get(v["step"], 0.0), 1), *(_rounded(v.get(key)) for key in CURVE)]
+            [v["step"], round(at.get(v["step"], 0.0), 3), *(_rounded(v.get(key)) for key in CURVE)]
             for v in found.validations
         ],
         "scores": {
@@ -128,7 +129,7 @@ def _rows(path: Path, metrics: Sequence[str]) -> dict[str, Any]:
         name: [columns(METRICS[name].statistics([row["predictions"][s] for row in rows], references)) for s in seeds]
         for name in metrics
     }
-    return kept | {"ids": _span([row["id"] for row in rows])}
+    return kept | {"num_rows": len(rows), "ids": _span([row["id"] for row in rows])}
 
 
 def _span(ids: list[str]) -> str | list[str]:

@@ -1,0 +1,222 @@
+"""The studies: pages from kept results alone, results of the settings beside them, claims decided by intervals."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from distillm.display import Display
+from distillm.evaluation import METRICS
+from studies import claims, make, pages, plan, results, smoke
+from studies.plan import Place, Study
+from studies.results import Result
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs" / "studies"
+PLAIN = re.compile(r"[\w .,:+/-]{0,48}")
+"""What a text in a file of results may be: a name, a version, a time, a digest, a span of row ids."""
+
+
+def folder(name: str) -> Path:
+    return ROOT / "studies" / name / "results"
+
+
+def kept() -> list[Any]:
+    found = [(name, result) for name in plan.names() for result in results.load(folder(name)).values()]
+    return [pytest.param(name, result, id=f"{name}-{result.name}") for name, result in found]
+
+
+def is_run(result: Result) -> bool:
+    return "settings" in result.record and "curve" in result.record
+
+
+def texts(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [text for key, inner in value.items() for text in (str(key), *texts(inner))]
+    return (
+        [text for inner in value for text in texts(inner)]
+        if isinstance(value, list)
+        else [value] * isinstance(value, str)
+    )
+
+
+@pytest.fixture(name="place", scope="module")
+def _place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    scratch = tmp_path_factory.mktemp("studies")
+    smoke.write_rows(scratch / "rows")
+    return Place(str(scratch / "rows"), str(scratch / "runs"), smoke=True)
+
+
+@pytest.fixture(name="study", scope="module")
+def _study() -> Study:
+    study = plan.read("multi30k")
+    return study.model_copy(update={"smoke": study.smoke.model_copy(update={"variants": ["sft", "seqkd"]})})
+
+
+@pytest.fixture(name="made", scope="module")
+def _made(study: Study, place: Place) -> Place:
+    assert make.make(study, place, Display(quiet=True)) == {}
+    return place
+
+
+def test_the_pages_are_those_of_the_results(tmp_path: Path) -> None:
+    made = pages.write(tmp_path, folder)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in DOCS.iterdir()}
+    assert {path.name for path in made} >= {"index.md", "claims.md", "time.md"}
+    for path in sorted(tmp_path.iterdir()):
+        assert path.read_bytes() == (DOCS / path.name).read_bytes(), f"{path.name}: run python -m studies pages"
+
+
+@pytest.mark.parametrize(("name", "result"), kept())
+def test_results_hold_figures_and_row_ids_alone(name: str, result: Result) -> None:
+    path = folder(name) / f"{result.name}.json"
+    assert path.stat().st_size < 200_000
+    assert [text for text in texts(result.record) if not PLAIN.fullmatch(text)] == []
+
+
+@pytest.mark.parametrize(("name", "result"), [each for each in kept() if is_run(each.values[1])])
+def test_results_are_of_the_settings_beside_them_and_of_code_without_changes(name: str, result: Result) -> None:
+    study, place = plan.read(name), Place()
+    runs = {Path(cell.run.output).name: cell.run for cell in plan.cells(study, place)}
+    runs |= {stage.name: plan.stage_run(study, stage, place) for stage in study.stages if stage.train}
+    assert result.record["settings"] == results.settings_digest(runs[result.name])
+    assert re.fullmatch(r"[0-9a-f]{40}", result.record["code"])
+    assert re.fullmatch(r"[0-9a-f]{40}", result.record["git"])
+
+
+def test_all_results_are_of_the_same_code() -> None:
+    assert len({each.values[1].record["code"] for each in kept()}) == 1
+
+
+@pytest.mark.parametrize(("name", "result"), [each for each in kept() if is_run(each.values[1])])
+def test_scores_are_those_of_the_rows(name: str, result: Result) -> None:
+    metric = plan.read(name).metric
+    for data in result.record["statistics"]:
+        found = METRICS[metric].score(result.statistics(data, metric).sum(1)).mean()
+        assert found == pytest.approx(result.score(data, metric), abs=2e-3)
+
+
+def test_a_study_is_made_once_and_its_pages_need_nothing_else(
+    study: Study, made: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = make.kept_in(study, made)
+    names = {"teacher", "student", "responses", "sft_seed-1", "seqkd_seed-1"}
+    assert {path.stem for path in where.iterdir()} == names
+    before = {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path(made.runs).rglob("*") if path.is_file()
+    }
+    assert make.make(study, made, Display()) == {}
+    after = {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path(made.runs).rglob("*") if path.is_file()
+    }
+    assert after == before
+    assert "train" not in capsys.readouterr().err
+    for result in results.load(where).values():
+        assert [text for text in texts(result.record) if not PLAIN.fullmatch(text)] == []
+    words = "|".join(smoke.WORDS)
+    assert not re.search(rf'"[^"]*\b({words}) ({words})\b', (where / "sft_seed-1.json").read_text())
+    written = pages.write(tmp_path, lambda name: make.kept_in(plan.read(name), made))
+    page = (tmp_path / "multi30k.md").read_text()
+    assert "| SeqKD | 1 |" in page
+    assert "Not made yet: KD" in page
+    assert {path.name for path in written} == {"multi30k.md", "time.md", "claims.md", "index.md"}
+
+
+def test_a_run_of_other_settings_is_not_taken_for_the_one_that_is_kept(study: Study, made: Place) -> None:
+    cell = next(cell for cell in plan.cells(study, made) if cell.settings["variant"] == "sft")
+    digest = results.settings_digest(cell.run)
+    assert json.loads((make.kept_in(study, made) / "sft_seed-1.json").read_text())["settings"] == digest
+    other = plan.cells(study.model_copy(update={"settings": {"optim.lr": 1e-5}}), made)[0]
+    assert results.settings_digest(other.run) != digest
+    moved = cell.run.model_copy(update={"output": "elsewhere"})
+    assert results.settings_digest(moved) == digest
+
+
+def test_paths_of_the_files_are_moved_and_nothing_else() -> None:
+    place = Place("/rows", "/here", smoke=True)
+    given = {
+        "a": ["../shared/data/x.jsonl", "../shared/database"],
+        "b": {"c": "runs/y"},
+        "d": "runsy",
+        "e": 3,
+        "f": "runs",
+    }
+    assert place.moved(given) == {
+        "a": ["/rows/x.jsonl", "../shared/database"], "b": {"c": "/here/y"}, "d": "runsy", "e": 3, "f": "/here",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", plan.names())
+def test_every_run_of_a_study_has_settings_and_a_folder_of_its_own(name: str) -> None:
+    study = plan.read(name)
+    cells = plan.cells(study, Place())
+    assert len({cell.run.output for cell in cells}) == len(cells)
+    digests = [results.settings_digest(cell.run) for cell in cells]
+    assert len(set(digests)) == len(digests)
+    shown = {variant for axis in study.axes for variant in axis.values.values()}
+    assert study.kind != "ablations" or shown == set(study.variants)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"baseline": "kdd"}, "no variant is called kdd"),
+        ({"smoke": {"variants": ["sfft"]}}, "no variant is called sfft"),
+        ({"stages": [{"name": "a", "train": "x.yaml", "fetch": "y"}]}, "give one of tokenizer"),
+        ({"axes": [{"name": "a", "about": "", "values": {"1": "sft"}, "reference": "2"}]}, "its reference 2 is none"),
+        ({"sedes": [1]}, "sedes"),
+    ],
+)
+def test_a_mistake_in_a_study_is_named(changes: dict[str, Any], said: str) -> None:
+    good = {"name": "s", "title": "t", "about": "a", "base": "b.yaml", "variants": {"sft": {}}, "seeds": [1]}
+    good |= {"baseline": "sft", "metric": "bleu"}
+    Study(**good)
+    with pytest.raises(ValidationError, match=said):
+        Study(**(good | changes))
+
+
+def fabricated(name: str, level: float, seconds: float, draw: np.random.Generator) -> Result:
+    """A run with ROUGE-L of about ``level`` on 300 rows."""
+    values = [round(float(v), 3) for v in draw.normal(level, 4, 300)]
+    record = {
+        "scores": {"set": {"rouge_l": {"mean": float(np.mean(values)), "std": None}}},
+        "statistics": {"set": {"rouge_l": [[values, 1]], "ids": "set:0-299", "num_rows": 300}},
+        "seconds": seconds,
+        "steps": 10,
+        "parameters": {"teacher": 2_000_000, "student": 1_000_000},
+        "curve": [[0, 0.0, 1.0, 1.0, 5.0], [5, seconds / 2, 1.0, 1.0, 9.0], [10, seconds, 1.0, 1.0, 7.0]],
+    }
+    return Result(name, record)
+
+
+@pytest.mark.parametrize(("apart", "verdict"), [(3.0, "held"), (-3.0, "reversed"), (0.0, "open")])
+def test_claims_are_decided_by_the_interval(apart: float, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(4)
+    study = plan.read("samsum")
+    runs = [fabricated(f"kd_seed-{s}", 30 + apart, 9, draw) for s in (1, 2, 3)]
+    runs += [fabricated(f"sft_seed-{s}", 30, 30 + s, draw) for s in (1, 2, 3)]
+    comparisons = [
+        claims.Comparison(studies=["samsum", "absent"], better="kd", than="sft"),
+        claims.Comparison(studies=["samsum"], better="kd", than="sft", by="seconds"),
+        claims.Comparison(studies=["samsum"], better="gkd", than="sft"),
+    ]
+    monkeypatch.setattr(
+        claims, "read", lambda: [claims.Claim(claim="It is so", where="There", comparisons=comparisons)]
+    )
+    page = "\n".join(claims.page({"samsum": (study, {run.name: run for run in runs})}))
+    rows = [line for line in page.splitlines() if line.startswith("| [samsum]")]
+    assert [row.split(" | ")[-1].strip(" |") for row in rows] == [verdict, "held"]
+    assert f"{apart:+.0f}"[:2] in rows[0] or verdict == "open"
+    assert "3.56 times as fast" in rows[1]
+    assert "2.0 M into 1.0 M, 10 steps, seeds: 3" in rows[0]
+
+
+def test_equal_time_takes_the_best_validation_until_then() -> None:
+    run = fabricated("kd_seed-1", 30, 20, np.random.default_rng(0))
+    assert pages.reached_by(run, 20.0) == (10, 9.0)
+    assert pages.reached_by(run, 19.9) == (5, 9.0)
+    assert pages.reached_by(run, 9.0) == (0, 5.0)
