@@ -55,7 +55,7 @@ def settings_digest(run: Run) -> str:
     """A name for all settings that a run's result depends on and that are not the defaults."""
     left_out = {"output", "resume", "overwrite", "provenance"}
     settings = run.model_dump(mode="json", exclude=left_out, exclude_defaults=True)
-    settings["method"] = {"name": run.method.name} | settings["method"]  # a name is its section's default
+    settings["method"] = {"name": run.method.name} | settings.get("method", {})  # a name is its section's default
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
