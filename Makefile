@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO ?=
 FAULTS ?=
-.PHONY: demo test test-data test-slow faults lint docs clean
+.PHONY: demo test test-data test-slow faults studies-smoke lint docs clean
 
 # One marker per set of requirements: installing again only when they changed.
 $(VENV)/.package: pyproject.toml constraints.txt
@@ -38,6 +38,10 @@ test-slow: $(VENV)/.dev $(VENV)/.teacher
 # Kills, full disks, damaged files, dying processes, faulty servers: half an hour; writes the table in docs/reliability.md.
 faults: $(VENV)/.dev
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m faults $(FAULTS)
+
+# Every study on made-up rows with tiny models, and the pages of that; `python -m studies run NAME` makes a real one.
+studies-smoke: $(VENV)/.dev
+	$(BIN)/python -m studies run --smoke
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

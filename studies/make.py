@@ -1,6 +1,7 @@
 """Stages and runs of a study, made once each, and their results kept."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -104,6 +105,7 @@ def fetch(model: str, folder: Path) -> None:
     loaded = load_model(source, device="cpu", trust_remote_code=True)
     with written_aside(folder) as scratch:
         save_model(loaded, load_tokenizer(source), scratch)
+    shutil.rmtree(raw)
 
 
 def keep(study: Study, place: Place) -> None:
