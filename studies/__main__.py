@@ -22,7 +22,6 @@ def run(
     studies: Annotated[list[str] | None, typer.Argument(help="Which studies; all unless given.")] = None,
     smoke_only: Annotated[bool, typer.Option("--smoke", help="Made-up rows, tiny models, two steps.")] = False,
     jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
-    again: Annotated[bool, typer.Option(help="Make runs whose results are kept again.")] = False,
 ) -> None:
     """Make what is missing of the studies. Stopped, the same command goes on where it stopped."""
     display = Display()
@@ -35,7 +34,7 @@ def run(
             smoke.write_rows(scratch / "rows")
         for name in studies or plan.names():
             display.note(f"\n{name}")
-            failed |= make(plan.read(name), place, display, jobs, again=again)
+            failed |= make(plan.read(name), place, display, jobs)
         if scratch is not None:
             pages.write(scratch / "pages", lambda name: kept_in(plan.read(name), place))
     except DistillmError as error:

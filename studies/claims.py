@@ -1,32 +1,33 @@
-"""What the paper claims beside what was seen here: each claim is a list of comparisons, and their intervals decide."""
+"""What the paper claims beside what was seen here: each claim is a list of comparisons, and figures decide them."""
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
 
 import yaml
 from pydantic import TypeAdapter
 
-from distillm.evaluation import METRICS
 from distillm.report.text import score_name
 
 from . import plan, results
 from .plan import Strict, Study
-from .results import Result, mean_std, of_variant
+from .results import Result, of_variant
 from .text import named, signed, table
 
 Found = dict[str, tuple[Study, dict[str, Result]]]
 
 
 class Comparison(Strict):
-    """Two variants of a study, or of several; ``by`` is a score, ``seconds``, or ``curve``."""
+    """Two variants, in each of some studies: by the study's score, or by the seconds of training."""
 
     studies: list[str]
     better: str
     than: str
-    by: str = "score"
-    """``score``: the study's own, on its test sets. ``seconds``: of training, fewer being better. ``divergence``: from
-    the teacher on the test references, less being better."""
-    factor: float = 1.0
-    """Of ``seconds``: how many times faster the claim has it."""
+    margin: float = 0.0
+    """Of a score: how much worse still counts as no worse."""
+    faster: float | None = None
+    """The claim is about time: ``better`` takes at most the time of ``than`` divided by this."""
 
 
 class Claim(Strict):
@@ -35,6 +36,18 @@ class Claim(Strict):
     claim: str
     where: str
     comparisons: list[Comparison]
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a comparison came out in a study, on a test set."""
+
+    study: str
+    who: str
+    by: str
+    came_out: str
+    scale: str
+    verdict: str
 
 
 def read() -> list[Claim]:
@@ -47,87 +60,64 @@ def page(found: Found) -> list[str]:
     lines = [
         "# What held and what did not",
         "",
-        "Claims of DistiLLM (Ko et al., ICML 2024, arXiv:2402.03898), in our words, beside what these studies saw, at "
-        "their scale: small models and minutes of training. *Held*: the 95 % interval lies on the claim's side of "
-        "zero. *Reversed*: it lies on the other. *Open*: it holds zero, so that these runs cannot tell. A claim that "
-        "is open or reversed here may well be true of larger models trained for longer. Times have no interval: "
-        "*held* is where all runs of the one are faster than all of the other.",
+        "Claims of DistiLLM (Ko et al., ICML 2024, arXiv:2402.03898) and of DistiLLM-2 (arXiv:2503.07067), in our "
+        "words, beside what these studies saw, at their scale: small models, minutes of training, one teacher and one "
+        "start in each study. *Held*: the 95 % interval of the difference lies on the claim's side of zero. *Reversed*: "
+        "it lies on the other. *Open*: it holds zero, so that these runs cannot tell. With three seeds such an interval "
+        "is too short where seeds differ more than rows do, and with one it knows the rows alone, which is said. Times "
+        "have no interval: *held* is where all runs of the one are on the claim's side of all of the other. A claim that "
+        "is open or reversed here may well be true of larger models that train for longer.",
         "",
     ]
-    for claim in read():
-        rows = [row for comparison in claim.comparisons for row in _rows(comparison, found)]
+    claims = [(claim, [row for each in claim.comparisons for row in _rows(each, found)]) for claim in read()]
+    lines += table(["claim", "held", "open", "reversed"], [_counted(claim, rows) for claim, rows in claims if rows])
+    for claim, rows in claims:
+        lines += ["", f"## {claim.claim}", "", f"{claim.where}."]
         if rows:
-            header = ["study", "better", "than", "by", "difference", "at the scale of", ""]
-            lines += [f"## {claim.claim}", "", f"{claim.where}. {_summary(rows)}", "", *table(header, rows), ""]
+            body = [[row.study, row.who, row.by, row.came_out, row.scale, row.verdict] for row in rows]
+            lines += ["", *table(["study", "better than", "by", "difference", "at the scale of", ""], body)]
+        else:
+            lines += ["", "No run here tells of it yet."]
     return lines
 
 
-def _rows(comparison: Comparison, found: Found) -> list[list[str]]:
-    rows: list[list[str]] = []
+def _counted(claim: Claim, rows: Sequence[Row]) -> list[str]:
+    counts = Counter(row.verdict.partition(",")[0] for row in rows)
+    return [claim.claim, *(str(counts[verdict]) for verdict in ("held", "open", "reversed"))]
+
+
+def _rows(comparison: Comparison, found: Found) -> list[Row]:
+    rows: list[Row] = []
     for name in comparison.studies:
-        if name not in found:
-            continue
-        study, kept = found[name]
+        study, kept = found.get(name, (None, {}))
         ours, theirs = (of_variant(kept, variant) for variant in (comparison.better, comparison.than))
-        if not ours or not theirs:
+        if study is None or not ours or not theirs:
             continue
-        seeds = len(ours) if len(ours) == len(theirs) else f"{len(ours)} and {len(theirs)}"
-        scale = f"{_millions(ours[0])}, {ours[0].record['steps']} steps, seeds: {seeds}"
-        who = [named(comparison.better), named(comparison.than)]
-        if comparison.by == "score":
-            for data in ours[0].record["scores"]:
-                if METRICS[study.metric].better == "higher":
-                    difference = results.difference(ours, theirs, data, study.metric)
-                    verdict = _verdict(difference.low, difference.high)
-                    where = f"[{study.name}]({study.name}.md), {data}"
-                    rows.append([where, *who, score_name(study.metric), signed(difference), scale, verdict])
-        else:
-            rows.append([f"[{study.name}]({study.name}.md)", *who, *_by_run(comparison, ours, theirs), scale, ""])
-            rows[-1][-1] = _verdict_of(comparison, ours, theirs)
+        who = f"{named(comparison.better)} than {named(comparison.than)}"
+        seeds = min(len(ours), len(theirs))
+        scale = f"{_sizes(ours[0])}, {ours[0].record['steps']} steps, {seeds} seed{'s' * (seeds > 1)}"
+        page = f"[{name}]({name}.md)"
+        if comparison.faster is not None:
+            times = [run.seconds for run in ours], [run.seconds for run in theirs]
+            ratio = f"{fmean(times[1]) / fmean(times[0]):.2f} times as fast"
+            by = "time" if comparison.faster == 1 else f"time, {comparison.faster:g} times as fast"
+            rows.append(Row(page, who, by, ratio, scale, _all_faster(*times, comparison.faster)))
+            continue
+        for data in ours[0].record["scores"]:
+            out = results.difference(ours, theirs, data, study.metric)
+            low, high = out.low + comparison.margin, out.high + comparison.margin
+            verdict = "held" if low > 0 else "reversed" if high < 0 else "open"
+            by = score_name(study.metric) + (f", {comparison.margin:g} worse at most" if comparison.margin else "")
+            rows.append(Row(f"{page}, {data}", who, by, signed(out), scale, verdict + ", on one seed" * (seeds == 1)))
     return rows
 
 
-def _millions(run: Result) -> str:
+def _sizes(run: Result) -> str:
     sizes = run.record["parameters"]
     known = [sizes[name] for name in ("teacher", "student") if name in sizes]
     return " into ".join(f"{size / 1e6:.1f} M" for size in known)
 
 
-def _values(comparison: Comparison, runs: Sequence[Result]) -> list[float]:
-    if comparison.by == "seconds":
-        return [run.seconds for run in runs]
-    (data, *_) = runs[0].record["scores"]
-    return [value for run in runs if (value := run.score(data, comparison.by)) is not None]
-
-
-def _by_run(comparison: Comparison, ours: Sequence[Result], theirs: Sequence[Result]) -> list[str]:
-    mine, other = (mean_std(_values(comparison, runs)) for runs in (ours, theirs))
-    if mine is None or other is None:
-        return [comparison.by, "–"]
-    if comparison.by == "seconds":
-        return ["time", f"{other[0] / mine[0]:.2f} times as fast"]
-    return [comparison.by, f"{mine[0]:.3f} and {other[0]:.3f}"]
-
-
-def _verdict_of(comparison: Comparison, ours: Sequence[Result], theirs: Sequence[Result]) -> str:
-    """Of figures that each run has one of: held where all runs of the one are on the claim's side of all others."""
-    mine = [value * comparison.factor for value in _values(comparison, ours)]
-    other = _values(comparison, theirs)
-    if not mine or not other:
-        return ""
-    if max(mine) < min(other):
-        return "held"
-    return "reversed" if min(mine) > max(other) else "open"
-
-
-def _verdict(low: float, high: float) -> str:
-    return "held" if low > 0 else "reversed" if high < 0 else "open"
-
-
-def _summary(rows: Sequence[Sequence[str]]) -> str:
-    counts = {verdict: sum(row[-1] == verdict for row in rows) for verdict in ("held", "open", "reversed")}
-    return (
-        "Here: "
-        + ", ".join(f"{verdict} in {count}" for verdict, count in counts.items() if count)
-        + f" of {len(rows)}."
-    )
+def _all_faster(ours: Sequence[float], theirs: Sequence[float], times: float) -> str:
+    mine = [seconds * times for seconds in ours]
+    return "held" if max(mine) < min(theirs) else "reversed" if min(mine) > max(theirs) else "open"

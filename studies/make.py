@@ -6,17 +6,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from distillm.analyse import analyse_run
 from distillm.checkpoint import written_aside
 from distillm.commands import tokenizer_to
-from distillm.config import Run
+from distillm.config import Run, changed, read_yaml
 from distillm.display import Display
 from distillm.errors import ConfigError
 from distillm.models import load_model, load_tokenizer, save_model
 from distillm.pipeline import distill
 from distillm.project import build
-from distillm.sweep import Cell, run_sweep
+from distillm.report import read_run
+from distillm.sweep import run_sweep
 from distillm.writing import write_text
 
 from . import plan, results, smoke
@@ -31,28 +33,32 @@ def kept_in(study: Study, place: Place) -> Path:
     return Path(place.runs) / study.name / "results" if place.smoke else plan.HERE / study.name / "results"
 
 
-def make(study: Study, place: Place, display: Display, jobs: int = 1, *, again: bool = False) -> dict[str, str]:
+def make(study: Study, place: Place, display: Display, jobs: int = 1) -> dict[str, str]:
     """Everything of the study that is not there yet; what went wrong, by run.
 
-    Runs whose results are kept, with the same settings, are not made again unless ``again``. A seed's results are kept
-    as soon as all its runs have ended.
+    A run whose result is kept, with the same settings, is not made again. The results of a seed are kept as soon as all
+    its runs have ended.
     """
     for name in study.needs:
         needed = plan.read(name)
         for stage in needed.stages:
-            make_stage(needed, stage, place, display)
+            if not stage.responses:
+                make_stage(needed, stage, place, display)
     late = [stage for stage in study.stages if stage.analyse]
     for stage in study.stages:
         if stage not in late:
             make_stage(study, stage, place, display)
-    failed: dict[str, str] = {}
-    waiting = [cell for cell in plan.cells(study, place) if again or not _kept(study, cell, place)]
+    wrong: dict[str, str] = {}
+    waiting = [cell for cell in plan.cells(study, place) if not _kept(study, cell.run, place)]
     for seed in dict.fromkeys(cell.settings["seed"] for cell in waiting):
-        failed |= run_sweep([cell for cell in waiting if cell.settings["seed"] == seed], display, jobs)[1]
+        wrong |= run_sweep([cell for cell in waiting if cell.settings["seed"] == seed], display, jobs)[1]
+        for output in wrong:
+            run = next(cell.run for cell in waiting if cell.run.output == output)
+            _write(study, Path(output).name, results.failed(Path(output), digest(study, run, place)), place)
         keep(study, place)
     for stage in late:
         make_stage(study, stage, place, display)
-    return failed
+    return wrong
 
 
 def make_stage(study: Study, stage: Stage, place: Place, display: Display) -> None:
@@ -64,30 +70,30 @@ def make_stage(study: Study, stage: Stage, place: Place, display: Display) -> No
         smoke.pretrained(stage.fetch, folder) if place.smoke else fetch(stage.fetch, folder)
     elif stage.train:
         run = plan.stage_run(study, stage, place)
-        if not (folder / "report.html").is_file():
+        if not _finished(run):
             distill(run, display)
-        if not _same(kept_in(study, place) / f"{stage.name}.json", run):
-            _keep(study, stage.name, run, place)
+        _keep(study, run, place)
     elif stage.responses:
-        path = kept_in(study, place) / f"{stage.name}.json"
-        if not path.is_file():
-            run = next(c.run for c in plan.cells(study, place) if c.settings["variant"] == stage.responses)
-            assert run.data.responses_file is not None
-            if Path(run.data.responses_file).exists():
-                display.note(f"{run.data.responses_file} was begun before: what its writing takes is not kept")
-                return
-            began = time.monotonic()
-            project = build(run.model_copy(update={"output": str(folder)}), display)
-            seconds = round(time.monotonic() - began, 1)
-            kept = {"rows": len(project.train.examples), "seconds": seconds, "code": results.code()}
-            write_text(path, results.as_json(kept))
-    elif stage.analyse:
-        path = kept_in(study, place) / f"{stage.name}.json"
-        if not path.is_file():
-            source = place.folder(study.name, f"{stage.analyse}_seed-{study.seeds[0]}")
-            batches, alphas = (2, stage.alphas[:1]) if place.smoke else (stage.batches, stage.alphas)
-            found = analyse_run(str(source), display, batches=batches, alphas=alphas)
-            write_text(path, results.as_json(found | {"of": source.name, "code": results.code()}))
+        _write_responses(study, stage, place, display)
+    elif stage.analyse and not (kept_in(study, place) / f"{stage.name}.json").is_file():
+        source = place.folder(study.name, f"{stage.analyse}_seed-{study.seeds[0]}")
+        batches, alphas = (2, stage.alphas[:1]) if place.smoke else (stage.batches, stage.alphas)
+        found = analyse_run(str(source), display, batches=batches, alphas=alphas)
+        git = read_yaml(str(source))["provenance"]["git"]
+        _write(study, stage.name, found | {"of": source.name, "code": results.code(git)}, place)
+
+
+def _write_responses(study: Study, stage: Stage, place: Place, display: Display) -> None:
+    """The teacher's responses to the rows of a variant, and what writing them took; interrupted, it is not kept."""
+    run = next(cell.run for cell in plan.cells(study, place) if cell.settings["variant"] == stage.responses)
+    assert run.data.responses_file is not None
+    there = Path(run.data.responses_file).exists()
+    if (kept_in(study, place) / f"{stage.name}.json").is_file():
+        return
+    began = time.monotonic()
+    project = build(run.model_copy(update={"output": str(place.folder(study.name, stage.name))}), display)
+    seconds = None if there else round(time.monotonic() - began, 1)
+    _write(study, stage.name, {"rows": len(project.train.examples), "seconds": seconds}, place)
 
 
 def fetch(model: str, folder: Path) -> None:
@@ -109,21 +115,48 @@ def fetch(model: str, folder: Path) -> None:
 
 
 def keep(study: Study, place: Place) -> None:
-    """Write the results of all runs that are finished and not kept yet."""
-    for cell in plan.cells(study, place):
-        if (Path(cell.run.output) / "report.html").is_file() and not _kept(study, cell, place):
-            _keep(study, Path(cell.run.output).name, cell.run, place)
+    """Write the results of all runs that are finished."""
+    for run in [cell.run for cell in plan.cells(study, place)]:
+        if _finished(run):
+            _keep(study, run, place)
 
 
-def _kept(study: Study, cell: Cell, place: Place) -> bool:
-    return _same(kept_in(study, place) / f"{Path(cell.run.output).name}.json", cell.run)
+def digest(study: Study, run: Run, place: Place) -> str:
+    """A name for the settings of a run and of the stages that it rests on."""
+    stages = [(of, stage) for of in (*map(plan.read, study.needs), study) for stage in of.stages if stage.train]
+    before = [plan.stage_run(of, stage, place) for of, stage in stages]
+    return results.settings_digest(run, [other for other in before if other.output != run.output])
 
 
-def _same(path: Path, run: Run) -> bool:
-    return path.is_file() and json.loads(path.read_text())["settings"] == results.settings_digest(run)
+def _finished(run: Run) -> bool:
+    """Whether the run's folder holds it, whole.
+
+    Raises:
+        ConfigError: it holds a finished run of other settings.
+    """
+    folder = Path(run.output)
+    if not (folder / "report.html").is_file():
+        return False
+    found = read_run(folder)
+    if not found.finished or found.last_step != found.planned:
+        return False
+    differences = changed(read_yaml(str(folder)), run)
+    if differences:
+        raise ConfigError(f"{folder} holds a run of other settings ({', '.join(differences[:4])}); delete that folder")
+    return True
 
 
-def _keep(study: Study, name: str, run: Run, place: Place) -> None:
+def _kept(study: Study, run: Run, place: Place) -> bool:
+    path = kept_in(study, place) / f"{Path(run.output).name}.json"
+    return path.is_file() and json.loads(path.read_text())["settings"] == digest(study, run, place)
+
+
+def _keep(study: Study, run: Run, place: Place) -> None:
+    record = results.record_of(Path(run.output), [study.metric], digest(study, run, place))
+    _write(study, Path(run.output).name, record, place)
+
+
+def _write(study: Study, name: str, record: dict[str, Any], place: Place) -> None:
     path = kept_in(study, place) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, results.as_json(results.record_of(run, Path(run.output), [study.metric], results.code())))
+    write_text(path, results.as_json(record))

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean as mean
 
 from distillm.report.text import duration, score_name
 
 from . import claims, plan, plots, results
 from .plan import Axis, Study
 from .results import Result, mean_std, of_variant
-from .text import minutes, models_table, named, percent, setting, signed, spread, table
+from .text import minutes, models_table, named, percent, setting, shown_scores, signed, spread, table
 
 Groups = dict[str, list[Result]]
 HEAD = "<!-- Made by `python -m studies pages` from the results beside each study: change those, or the script. -->"
@@ -58,11 +59,11 @@ def methods_page(study: Study, kept: dict[str, Result], into: Path) -> list[str]
     lines = [*_opening(study, groups), "## Scores", ""]
     for data in test_sets(groups):
         lines += [f"**{data}**, {_num_rows(groups, data)} rows", ""]
-        lines += [*models_table(stages_of(study, kept), data), "", *_scores(study, groups, data), ""]
+        lines += [*models_table(stages_of(study, kept), data, study.metric), "", *_scores(study, groups, data), ""]
     lines += [_reading(study), ""]
     plots.curves(groups, ROUGE, "validation ROUGE-L", into / f"{study.name}-curves.svg")
     lines += ["## Along the way", "", f"![validation ROUGE-L by steps and by minutes]({study.name}-curves.svg)", ""]
-    return [*lines, *_equal_time(study, groups, kept), "", *_trouble(study, groups, kept)]
+    return [*lines, *_equal_time(groups, kept), "", *_to_be_known(study, groups, kept, METHODS)]
 
 
 def _opening(study: Study, groups: Groups) -> list[str]:
@@ -76,57 +77,69 @@ def _num_rows(groups: Groups, data: str) -> int:
 
 
 def _scores(study: Study, groups: Groups, data: str) -> list[str]:
-    names = [study.metric] + [
-        name
-        for name in next(iter(groups.values()))[0].record["scores"][data]
-        if name not in (study.metric, "response_tokens", "calibration_error", "exact_match", "perplexity")
-    ]
+    names = shown_scores(next(iter(groups.values()))[0].record["scores"][data], study.metric)
+    base = groups.get(study.baseline)
     rows: list[list[str]] = []
     for variant, runs in groups.items():
-        base = groups.get(study.baseline, [])
-        differs = (
-            signed(results.difference(runs, base, data, study.metric)) if base and variant != study.baseline else ""
-        )
         scores = [spread(name, [run.score(data, name) for run in runs]) for name in names]
+        differs = ""
+        if base is not None and variant != study.baseline:
+            differs = signed(results.difference(runs, base, data, study.metric))
         kept = ", ".join(str(run.record["kept_step"]) for run in runs)
-        shares = percent(sum(run.student_share for run in runs) / len(runs))
-        rows.append([named(variant), str(len(runs)), scores[0], differs, *scores[1:], shares, kept, minutes(runs)])
+        rows.append([named(variant), str(len(runs)), scores[0], differs, *scores[1:], *_use(runs), kept, minutes(runs)])
     header = ["method", "seeds", score_name(study.metric), f"less {named(study.baseline)}"]
-    header += [*(score_name(name) for name in names[1:]), "student's rows, %", "kept step", "minutes"]
+    header += [*map(score_name, names[1:]), *USE, "kept step", "minutes"]
     return table(header, rows)
+
+
+USE = ("student's rows, %", "phi at the end")
+
+
+def _use(runs: Sequence[Result]) -> list[str]:
+    """How much of what they trained on the student wrote, and the probability of that as training ended."""
+    return [
+        percent(mean(run.student_share for run in runs)),
+        "" if runs[0].record["probability"] is None else f"{mean(run.record['probability'] for run in runs):.2f}",
+    ]
 
 
 def _reading(study: Study) -> str:
     return (
-        f"± is the deviation over training seeds. In brackets the 95 % interval of the difference in "
-        f"{score_name(study.metric)}, by a bootstrap over test rows and training seeds together "
-        "([how](../evaluation.md)); † p < 0.05, ‡ p < 0.01, not corrected for the number of comparisons. "
-        "Student's rows: the share of steps that trained on what the student wrote. Minutes are those of the training "
-        "steps, writing included, with another run beside: compare them with each other alone."
+        f"± is the deviation over training seeds, of one teacher and one start. In brackets the 95 % interval of the "
+        f"difference in {score_name(study.metric)}, by a bootstrap over test rows and training seeds together "
+        "([how](../evaluation.md)); with three seeds it is too short where seeds differ more than rows do, and with one "
+        "it knows the rows alone. † p < 0.05, ‡ p < 0.01, not corrected for the number of comparisons. Minutes are "
+        "those of the training steps, writing included, with another run beside: compare them with each other alone."
     )
 
 
-def _equal_time(study: Study, groups: Groups, kept: dict[str, Result]) -> list[str]:
+def _equal_time(groups: Groups, kept: dict[str, Result]) -> list[str]:
     """The best validation of each method by the time at which the fastest had made all its steps."""
-    limit = min(sum(run.seconds for run in runs) / len(runs) for runs in groups.values())
+    limit = min(max(run.seconds for run in runs) for runs in groups.values())
     rows: list[list[str]] = []
     for variant, runs in groups.items():
         reached = [reached_by(run, limit) for run in runs]
         steps = ", ".join(str(step) for step, _ in reached)
         rows.append([named(variant), steps, spread("rouge_l", [value for _, value in reached])])
-    written = kept.get("responses")
-    note = ""
-    if written is not None and "seqkd" in groups:
-        record = written.record
-        note = (
-            f" SeqKD's time is that of its steps: the teacher's {record['rows']:,} responses took "
-            f"{duration(record['seconds'])} besides, once for all seeds."
-        )
     text = (
         f"What each had reached after {duration(limit)}, when the fastest had made all its steps: the best validation "
-        "ROUGE-L until then, of the same runs, whose learning rate was still to fall." + note
+        "ROUGE-L until then, of the same runs, whose learning rate was still to fall."
     )
-    return ["## At equal time", "", text, "", *table(["method", "steps made", "validation ROUGE-L"], rows)]
+    return ["## At equal time", "", f"{text} {written_besides(kept)}".rstrip(), "", *table(EQUAL, rows)]
+
+
+EQUAL = ("method", "steps until the last validation", "validation ROUGE-L")
+
+
+def written_besides(kept: dict[str, Result]) -> str:
+    """What the teacher's responses took, which no run of SeqKD paid for."""
+    written = kept.get("responses")
+    if written is None or written.record["seconds"] is None:
+        return ""
+    rows, seconds = written.record["rows"], written.record["seconds"]
+    return (
+        f"SeqKD's time is that of its steps: writing {rows:,} responses took {duration(seconds)} besides, once for all."
+    )
 
 
 def reached_by(run: Result, limit: float) -> tuple[int, float | None]:
@@ -135,19 +148,28 @@ def reached_by(run: Result, limit: float) -> tuple[int, float | None]:
     return points[-1][0], max(point[ROUGE] for point in points)
 
 
-def _trouble(study: Study, groups: Groups, kept: dict[str, Result]) -> list[str]:
-    """What a reader must know before believing the table: words of the study, and what the runs' events say."""
-    lines = list(study.remarks)
+METHODS = (
+    "All methods have one learning rate, which was not searched for each of them: one may suit some better.",
+    "There is no plain-text loss, which the paper has beside its losses: there is no such corpus here.",
+    "DistiLLM-2 trains on two rows for each prompt, so that equal steps are twice the rows.",
+)
+"""What holds for every comparison of methods."""
+
+
+def _to_be_known(study: Study, groups: Groups, kept: dict[str, Result], always: Sequence[str] = ()) -> list[str]:
+    """What a reader must know before believing the tables: words of the study, and what became of its runs."""
+    lines = [*study.remarks, *always]
     for variant, runs in groups.items():
         worse = sum("worse" in run.record["events"] for run in runs)
-        skipped = sum(run.record["events"].get("skipped", 0) for run in runs)
         if worse:
             lines.append(
                 f"{named(variant)}: in {worse} of {len(runs)} runs no validation was better than before training."
             )
-        if skipped:
-            lines.append(f"{named(variant)}: {skipped} steps were skipped, because their loss was not finite.")
-    missing = [named(v) for v in study.variants if v not in groups]
+    for name, run in kept.items():
+        if "failed" in run.record:
+            lines.append(f"{name} did not come to its end: it failed after step {run.record['failed']}.")
+    wanted = {(v, seed) for v in study.variants for seed in study.seeds_of.get(v, study.seeds)}
+    missing = [f"{named(v)} with seed {seed}" for v, seed in sorted(wanted) if f"{v}_seed-{seed}" not in kept]
     if missing:
         lines.append(f"Not made yet: {', '.join(missing)}.")
     return ["## To be known", "", *(f"- {line}" for line in lines)] if lines else []
@@ -162,7 +184,7 @@ def ablations_page(study: Study, kept: dict[str, Result], into: Path) -> list[st
         there = {label: groups[variant] for label, variant in axis.values.items() if variant in groups}
         if axis.reference in there and len(there) > 1:
             lines += _axis(study, axis, there, data, into)
-    return [*lines, *_trouble(study, groups, kept)]
+    return [*lines, *_to_be_known(study, groups, kept)]
 
 
 def _axis(study: Study, axis: Axis, there: Groups, data: str, into: Path) -> list[str]:
@@ -178,14 +200,14 @@ def _axis(study: Study, axis: Axis, there: Groups, data: str, into: Path) -> lis
                 differs,
                 spread("divergence", [run.score(data, "divergence") for run in runs]),
                 spread("truncated", [run.score(data, "truncated") for run in runs]),
-                percent(sum(run.student_share for run in runs) / len(runs)),
-                percent(sum(run.record["batches"]["generated"] / run.record["steps"] for run in runs) / len(runs)),
+                *_use(runs),
+                percent(mean(run.record["batches"]["generated"] / run.record["steps"] for run in runs)),
                 minutes(runs),
             ]
         )
     header = [axis.name, "seeds", score_name(study.metric), f"less {axis.reference}", "divergence", "cut by length, %"]
     lines = [f"## {axis.name[0].upper()}{axis.name[1:]}", "", axis.about, ""]
-    lines += [*table([*header, "student's rows, %", "written anew, %", "minutes"], rows), ""]
+    lines += [*table([*header, *USE, "written anew, %", "minutes"], rows), ""]
     if axis.numeric:
         file = f"{study.name}-{axis.name.replace(' ', '-').lower()}.svg"
         values = {label: mean_std([run.score(data, study.metric) for run in runs]) for label, runs in there.items()}
@@ -216,7 +238,7 @@ def theory_page(study: Study, kept: dict[str, Result], into: Path) -> list[str]:
                 *_last_gradients(rows),
                 "",
             ]
-    return [*lines, *_trouble(study, groups, kept)]
+    return [*lines, *_to_be_known(study, groups, kept)]
 
 
 def _last_gradients(rows: list[dict[str, float]]) -> list[str]:
@@ -241,8 +263,8 @@ def time_page(found: dict[str, tuple[Study, dict[str, Result]]], into: Path) -> 
         "# Time and its parts",
         "",
         "By the accounting that every run keeps (`kind: time` in its metrics.jsonl), the mean over training seeds. Two "
-        "runs shared one core with two threads: ratios mean more than seconds, and operations, which are counted, more "
-        "than both. The teacher's states are not cached here, so that each of its readings is paid.",
+        "runs shared one core with two threads: ratios mean more than seconds. The teacher's states are not cached here, so "
+        "that each of its readings is paid.",
         "",
     ]
     for name, (study, kept) in found.items():
@@ -255,18 +277,15 @@ def time_page(found: dict[str, tuple[Study, dict[str, Result]]], into: Path) -> 
         for variant, runs in groups.items():
             parts = {part: sum(run.record["parts"].get(part, 0.0) for run in runs) for part in plots.PARTS}
             whole = sum(run.seconds for run in runs)
-            ratio = spread("ratio", [_against(run, base, "seconds") for run in runs]) if base else "–"
-            work = spread("ratio", [_against(run, base, "flops") for run in runs]) if base else "–"
+            ratio = (
+                spread("ratio", [run.seconds / mean(other.seconds for other in base) for run in runs]) if base else "–"
+            )
             shares = [percent(parts[part] / whole) for part in ("generation", "teacher")]
-            rows.append([named(variant), minutes(runs), ratio, work, *shares])
-        header = ["method", "minutes", f"time / {named(study.baseline)}", f"operations / {named(study.baseline)}"]
+            rows.append([named(variant), minutes(runs), ratio, *shares])
+        header = ["method", "minutes", f"time / {named(study.baseline)}"]
         lines += [f"## {study.title}", "", *table([*header, "writing, % of the time", "teacher, %"], rows), ""]
-        lines += [f"![seconds of a step by part]({name}-time.svg)", ""]
+        lines += [f"![seconds of a step by part]({name}-time.svg)", "", written_besides(kept), ""]
     return lines
-
-
-def _against(run: Result, base: Sequence[Result], key: str) -> float:
-    return run.record[key] / (sum(other.record[key] for other in base) / len(base))
 
 
 def index_page(found: dict[str, tuple[Study, dict[str, Result]]]) -> list[str]:

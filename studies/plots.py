@@ -43,7 +43,7 @@ def axis_plot(rows: Sequence[tuple[str, float, float | None]], xlabel: str, ylab
     """A score against the values of an axis that has numbers, with the deviation over seeds."""
     figure, (axis,) = _axes(1)
     places = range(len(rows))
-    spread = [row[2] or 0.0 for row in rows]
+    spread = [row[2] or 0.0 for row in rows] if any(row[2] for row in rows) else None
     axis.errorbar(list(places), [row[1] for row in rows], yerr=spread, marker="o", capsize=3, color=COLOURS[6])
     axis.set_xticks(list(places), [row[0] for row in rows])
     axis.set(xlabel=xlabel, ylabel=ylabel)

@@ -6,6 +6,7 @@ import statistics
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ class Result:
 
     @property
     def student_share(self) -> float:
-        """The share of steps that trained on what the student wrote."""
+        """The share of rows trained on that the student wrote."""
         batches = self.record["batches"]
-        return (batches["generated"] + batches["replayed"]) / max(1, sum(batches.values()))
+        share = (batches["generated"] + batches["replayed"]) / sum(batches.values())
+        return share / 2 if self.record["method"]["name"] == "distillm2" else share  # the other half is the teacher's
 
     def statistics(self, data: str, metric: str) -> Array:
         """``[decoding seeds, rows, k]``, whose sums over rows make the score."""
@@ -51,59 +53,74 @@ class Result:
         return np.stack([np.stack(columns, axis=-1).astype(np.float64) for columns in seeds])
 
 
-def settings_digest(run: Run) -> str:
-    """A name for all settings that a run's result depends on and that are not the defaults."""
+def settings_digest(run: Run, before: Sequence[Run] = ()) -> str:
+    """A name for all settings that are not the defaults, of ``run`` and of the runs whose models it takes."""
+    return hashlib.sha256(json.dumps([_settings(each) for each in (run, *before)]).encode()).hexdigest()[:16]
+
+
+def _settings(run: Run) -> dict[str, Any]:
     left_out = {"output", "resume", "overwrite", "provenance"}
     settings = run.model_dump(mode="json", exclude=left_out, exclude_defaults=True)
     settings["method"] = {"name": run.method.name} | settings.get("method", {})  # a name is its section's default
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return dict(sorted(settings.items()))
 
 
-def code() -> str:
-    """The git tree of the package as it is checked out; with a mark where files have changed since."""
-
-    def asked(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
-
-    return asked("rev-parse", "HEAD:src/distillm") + ("+changes" if asked("status", "--porcelain", "src") else "")
+@cache
+def code(revision: str) -> str:
+    """The git tree of the package at ``revision``; with a mark where files here have changed since the last commit."""
+    return _git("rev-parse", f"{revision}:src/distillm") + ("+changes" if _git("status", "--porcelain", "src") else "")
 
 
-def record_of(run: Run, folder: Path, metrics: Sequence[str], source: str) -> dict[str, Any]:
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def record_of(folder: Path, metrics: Sequence[str], digest: str) -> dict[str, Any]:
     """What is kept of the finished run in ``folder``; ``metrics`` are those whose rows are kept for tests."""
     found = read_run(folder)
-    spent, at = 0.0, dict[int, float]()
+    spent, at = 0.0, {0: 0.0}
     for step in found.steps:
         spent += step["seconds"]
         at[step["step"]] = spent
-    models = found.provenance["models"]
+    sizes = found.provenance["models"]
     scored = [s for s in found.scores if s.system == "student"]
     return {
-        "settings": settings_digest(run),
+        "settings": digest,
         "method": found.config["method"],
-        "code": source,
+        "code": code(found.provenance["git"]),
         **{key: found.provenance[key] for key in PROVENANCE},
-        "parameters": {name: models[name]["parameters"] for name in models},
+        "parameters": {name: sizes[name]["parameters"] for name in sizes},
         "steps": found.last_step,
-        "batch_size": run.train.batch_size,
-        "kept_step": max((e["step"] for e in found.events if e["event"] == "best"), default=found.last_step),
+        "batch_size": found.config["train"]["batch_size"],
+        "tokens": sum(step["tokens"] for step in found.steps),
         "seconds": round(spent, 3),
         "parts": {name: round(seconds, 3) for name, seconds in found.parts.items()},
-        "flops": found.flops,
-        "peak_bytes": found.peak_bytes,
         "batches": {
             kind: sum(s["batch"] == kind for s in found.steps) for kind in ("dataset", "generated", "replayed")
         },
-        "events": _events(found),
+        **{name: _mean_of(found, name) for name in ("age", "buffer_age", "truncated")},
         "probability": found.steps[-1].get("probability"),
+        "events": _events(found),
+        "kept_step": max((e["step"] for e in found.events if e["event"] == "best"), default=found.last_step),
         "curve": [
-            [v["step"], round(at.get(v["step"], 0.0), 3), *(_rounded(v.get(key)) for key in CURVE)]
-            for v in found.validations
+            [v["step"], round(at[v["step"]], 3), *(_rounded(v.get(k)) for k in CURVE)] for v in found.validations
         ],
-        "scores": {
-            s.data: {name: {"mean": score.mean, "std": score.std} for name, score in s.scores.items()} for s in scored
-        },
-        "statistics": {s.data: _rows(s.path, metrics) for s in scored if s.path is not None},
+        "before": {s.data: _scores(s) for s in found.scores if s.system == "before"},
+        "scores": {s.data: _scores(s) for s in scored},
+        "statistics": {s.data: _statistics(s.path, metrics) for s in scored if s.path is not None},
     }
+
+
+def failed(folder: Path, digest: str) -> dict[str, Any]:
+    """What is kept of a run that did not end: how far it came."""
+    found = read_run(folder) if (folder / "run.yaml").is_file() else None
+    return {"settings": digest, "failed": 0 if found is None else found.last_step or 0}
+
+
+def _mean_of(found: RunFolder, name: str) -> float | None:
+    """The mean over the steps that say so."""
+    values = [step[name] for step in found.steps if step.get(name) is not None]
+    return _rounded(statistics.fmean(values)) if values else None
 
 
 def _events(found: RunFolder) -> dict[str, int]:
@@ -111,25 +128,32 @@ def _events(found: RunFolder) -> dict[str, int]:
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
 
+def _scores(scored: Any) -> dict[str, dict[str, float | None]]:
+    return {name: {"mean": score.mean, "std": score.std} for name, score in scored.scores.items()}
+
+
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-def _rows(path: Path, metrics: Sequence[str]) -> dict[str, Any]:
+def _statistics(path: Path, metrics: Sequence[str]) -> dict[str, Any]:
     """The columns of each metric's statistics, for each decoding seed; one that never changes is one number."""
-    rows = json.loads(path.read_text(encoding="utf-8"))["predictions"]
-    references = [row["references"] for row in rows]
-    seeds = range(len(rows[0]["predictions"]))
+    file = json.loads(path.read_text(encoding="utf-8"))
+    rows, references = file["predictions"], [row["references"] for row in file["predictions"]]
 
     def columns(found: Array) -> list[Any]:
         made = [[int(v) if v == int(v) else round(v, 3) for v in column] for column in found.T.tolist()]
         return [column[0] if len(set(column)) == 1 else column for column in made]
 
     kept: dict[str, Any] = {
-        name: [columns(METRICS[name].statistics([row["predictions"][s] for row in rows], references)) for s in seeds]
+        name: [
+            columns(METRICS[name].statistics([row["predictions"][seed] for row in rows], references))
+            for seed in range(len(file["seeds"]))
+        ]
         for name in metrics
     }
-    return kept | {"num_rows": len(rows), "ids": _span([row["id"] for row in rows])}
+    kept |= {"num_rows": len(rows), "ids": _span([row["id"] for row in rows])}
+    return kept | {"signatures": file.get("signatures", {})}
 
 
 def _span(ids: list[str]) -> str | list[str]:
@@ -151,8 +175,9 @@ def load(folder: Path) -> dict[str, Result]:
 
 
 def of_variant(results: dict[str, Result], variant: str) -> list[Result]:
-    """The runs of a variant, one for each seed that was made."""
-    return [result for name, result in results.items() if name.rpartition("_seed-")[0] == variant]
+    """The runs of a variant that came to their end, one for each seed that was made."""
+    named = [result for name, result in results.items() if name.rpartition("_seed-")[0] == variant]
+    return [result for result in named if "failed" not in result.record]
 
 
 def mean_std(values: Sequence[float | None]) -> tuple[float, float | None] | None:
@@ -164,6 +189,12 @@ def mean_std(values: Sequence[float | None]) -> tuple[float, float | None] | Non
 
 
 def difference(system: Sequence[Result], baseline: Sequence[Result], data: str, metric: str) -> Difference:
-    """Of two variants on a test set, by rows and training seeds."""
+    """Of two variants on a test set, by rows and training seeds.
+
+    Raises:
+        ValueError: they were scored on different rows.
+    """
+    if len({json.dumps(result.record["statistics"][data]["ids"]) for result in (*system, *baseline)}) > 1:
+        raise ValueError(f"{system[0].name} and {baseline[0].name} were scored on different rows of {data}")
     arrays = [[result.statistics(data, metric) for result in each] for each in (system, baseline)]
     return paired_bootstrap(*arrays, METRICS[metric].score)

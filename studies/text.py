@@ -21,6 +21,8 @@ NAMES = {
     "distillm2": "DistiLLM-2",
 }
 """What variants are called on the pages."""
+HIDDEN = ("response_tokens", "calibration_error", "exact_match", "perplexity")
+"""Scores that would make a table too wide; they are in the results."""
 
 
 def named(variant: str) -> str:
@@ -101,18 +103,25 @@ def machines(runs: Sequence[Result]) -> str:
     )
 
 
-def models_table(stages: Sequence[Result], data: str) -> list[str]:
+def shown_scores(scores: Sequence[str], first: str) -> list[str]:
+    """The scores that a table shows, ``first`` before the others."""
+    return [first, *(name for name in scores if name != first and name not in HIDDEN)]
+
+
+def models_table(stages: Sequence[Result], data: str, first: str) -> list[str]:
     """What the teacher and the student before distillation score, and what they cost."""
-    names = list(dict.fromkeys(n for stage in stages for n in stage.record["scores"].get(data, {})))
-    shown = [name for name in names if name not in ("response_tokens", "calibration_error", "exact_match")]
+    systems = [(stage.name, stage, stage.record["scores"]) for stage in stages]
+    untrained = [(f"{stage.name} before that", stage, stage.record["before"]) for stage in stages]
+    systems = [each for pair in zip(untrained, systems, strict=True) for each in pair if data in each[2]]
+    names = shown_scores(list(dict.fromkeys(name for _, _, scores in systems for name in scores[data])), first)
     rows = [
         [
-            stage.name,
+            name,
             parameter_count(stage.record["parameters"]["student"]),
-            f"{stage.record['steps']:,}",
-            duration(stage.seconds),
-            *(spread(name, [stage.score(data, name)]) for name in shown),
+            f"{stage.record['steps']:,}" if scores is stage.record["scores"] else "",
+            duration(stage.seconds) if scores is stage.record["scores"] else "",
+            *(spread(score, [scores[data][score]["mean"]] if score in scores[data] else []) for score in names),
         ]
-        for stage in stages
+        for name, stage, scores in systems
     ]
-    return table(["", "parameters", "steps", "training", *map(score_name, shown)], rows)
+    return table(["", "parameters", "steps", "training", *map(score_name, names)], rows)
