@@ -60,13 +60,14 @@ def page(found: Found) -> list[str]:
     lines = [
         "# What held and what did not",
         "",
-        "Claims of DistiLLM (Ko et al., ICML 2024, arXiv:2402.03898) and of DistiLLM-2 (arXiv:2503.07067), in our "
-        "words, beside what these studies saw, at their scale: small models, minutes of training, one teacher and one "
-        "start in each study. *Held*: the 95 % interval of the difference lies on the claim's side of zero. *Reversed*: "
-        "it lies on the other. *Open*: it holds zero, so that these runs cannot tell. With three seeds such an interval "
-        "is too short where seeds differ more than rows do, and with one it knows the rows alone, which is said. Times "
-        "have no interval: *held* is where all runs of the one are on the claim's side of all of the other. A claim that "
-        "is open or reversed here may well be true of larger models that train for longer.",
+        "Claims of DistiLLM (Ko et al., ICML 2024, arXiv:2402.03898) and of DistiLLM-2 (arXiv:2503.07067), in "
+        "our words, beside what these studies saw, at their scale: small models, minutes of training, one "
+        "teacher and one start in each study. *Held*: the 95 % interval of the difference lies on the claim's "
+        "side of zero. *Reversed*: it lies on the other. *Open*: it holds zero, so that these runs cannot "
+        "tell. With three seeds such an interval is too short where seeds differ more than rows do, and with "
+        "one it knows the rows alone, which is said. Times have no interval: *held* is where all runs of the "
+        "one are on the claim's side of all of the other. A claim that is open or reversed here may well be "
+        "true of larger models that train for longer.",
         "",
     ]
     claims = [(claim, [row for each in claim.comparisons for row in _rows(each, found)]) for claim in read()]

@@ -39,25 +39,28 @@ def make(study: Study, place: Place, display: Display, jobs: int = 1) -> dict[st
     A run whose result is kept, with the same settings, is not made again. The results of a seed are kept as soon as all
     its runs have ended.
     """
-    for name in study.needs:
-        needed = plan.read(name)
+    waiting = [cell for cell in plan.cells(study, place) if not _kept(study, cell.run, place)]
+    told = [stage for stage in study.stages if not (stage.tokenizer or stage.fetch)]
+    if not waiting and all((kept_in(study, place) / f"{stage.name}.json").is_file() for stage in told):
+        display.note("all results are kept")
+        return {}
+    for needed in map(plan.read, study.needs):
         for stage in needed.stages:
             if not stage.responses:
                 make_stage(needed, stage, place, display)
-    late = [stage for stage in study.stages if stage.analyse]
     for stage in study.stages:
-        if stage not in late:
+        if not stage.analyse:
             make_stage(study, stage, place, display)
     wrong: dict[str, str] = {}
-    waiting = [cell for cell in plan.cells(study, place) if not _kept(study, cell.run, place)]
     for seed in dict.fromkeys(cell.settings["seed"] for cell in waiting):
         wrong |= run_sweep([cell for cell in waiting if cell.settings["seed"] == seed], display, jobs)[1]
         for output in wrong:
             run = next(cell.run for cell in waiting if cell.run.output == output)
             _write(study, Path(output).name, results.failed(Path(output), digest(study, run, place)), place)
         keep(study, place)
-    for stage in late:
-        make_stage(study, stage, place, display)
+    for stage in study.stages:
+        if stage.analyse:
+            make_stage(study, stage, place, display)
     return wrong
 
 
@@ -72,7 +75,8 @@ def make_stage(study: Study, stage: Stage, place: Place, display: Display) -> No
         run = plan.stage_run(study, stage, place)
         if not _finished(run):
             distill(run, display)
-        _keep(study, run, place)
+        if not _kept(study, run, place):
+            _keep(study, run, place)
     elif stage.responses:
         _write_responses(study, stage, place, display)
     elif stage.analyse and not (kept_in(study, place) / f"{stage.name}.json").is_file():
@@ -115,7 +119,7 @@ def fetch(model: str, folder: Path) -> None:
 
 
 def keep(study: Study, place: Place) -> None:
-    """Write the results of all runs that are finished."""
+    """Write the results of all runs that are finished, those that are kept already too: there may be more to tell."""
     for run in [cell.run for cell in plan.cells(study, place)]:
         if _finished(run):
             _keep(study, run, place)

@@ -105,11 +105,12 @@ def _use(runs: Sequence[Result]) -> list[str]:
 
 def _reading(study: Study) -> str:
     return (
-        f"± is the deviation over training seeds, of one teacher and one start. In brackets the 95 % interval of the "
-        f"difference in {score_name(study.metric)}, by a bootstrap over test rows and training seeds together "
-        "([how](../evaluation.md)); with three seeds it is too short where seeds differ more than rows do, and with one "
-        "it knows the rows alone. † p < 0.05, ‡ p < 0.01, not corrected for the number of comparisons. Minutes are "
-        "those of the training steps, writing included, with another run beside: compare them with each other alone."
+        "± is the deviation over training seeds, of one teacher and one start. In brackets the 95 % interval "
+        f"of the difference in {score_name(study.metric)}, by a bootstrap over test rows and training seeds "
+        "together ([how](../evaluation.md)); with three seeds it is too short where seeds differ more than "
+        "rows do, and with one it knows the rows alone. † p < 0.05, ‡ p < 0.01, not corrected for the number "
+        "of comparisons. Minutes are those of the training steps, writing included, with another run beside: "
+        "compare them with each other alone."
     )
 
 
@@ -263,7 +264,7 @@ def time_page(found: dict[str, tuple[Study, dict[str, Result]]], into: Path) -> 
         "# Time and its parts",
         "",
         "By the accounting that every run keeps (`kind: time` in its metrics.jsonl), the mean over training seeds. Two "
-        "runs shared one core with two threads: ratios mean more than seconds. The teacher's states are not cached here, so "
+        "runs shared one core with two threads: ratios mean more than seconds. The teacher's states are not cached, so "
         "that each of its readings is paid.",
         "",
     ]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from distillm.display import Display
+from distillm.errors import ConfigError
 from distillm.evaluation import METRICS
 from studies import claims, make, pages, plan, results, smoke
 from studies.plan import Place, Study
@@ -17,8 +19,8 @@ from studies.results import Result
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "studies"
-PLAIN = re.compile(r"[\w .,:+/-]{0,48}")
-"""What a text in a file of results may be: a name, a version, a time, a digest, a span of row ids."""
+PLAIN = re.compile(r"[\w .,:+/-]{0,48}|nrefs:[\w|:.+-]+")
+"""What a text in a file of results may be: a name, a version, a time, a digest, a span of row ids, a signature."""
 
 
 def folder(name: str) -> Path:
@@ -31,7 +33,10 @@ def kept() -> list[Any]:
 
 
 def is_run(result: Result) -> bool:
-    return "settings" in result.record and "curve" in result.record
+    return "curve" in result.record
+
+
+RUNS = [each for each in kept() if is_run(each.values[1])]
 
 
 def texts(value: Any) -> list[str]:
@@ -78,21 +83,21 @@ def test_results_hold_figures_and_row_ids_alone(name: str, result: Result) -> No
     assert [text for text in texts(result.record) if not PLAIN.fullmatch(text)] == []
 
 
-@pytest.mark.parametrize(("name", "result"), [each for each in kept() if is_run(each.values[1])])
+@pytest.mark.parametrize(("name", "result"), RUNS)
 def test_results_are_of_the_settings_beside_them_and_of_code_without_changes(name: str, result: Result) -> None:
     study, place = plan.read(name), Place()
     runs = {Path(cell.run.output).name: cell.run for cell in plan.cells(study, place)}
     runs |= {stage.name: plan.stage_run(study, stage, place) for stage in study.stages if stage.train}
-    assert result.record["settings"] == results.settings_digest(runs[result.name])
+    assert result.record["settings"] == make.digest(study, runs[result.name], place)
     assert re.fullmatch(r"[0-9a-f]{40}", result.record["code"])
     assert re.fullmatch(r"[0-9a-f]{40}", result.record["git"])
 
 
 def test_all_results_are_of_the_same_code() -> None:
-    assert len({each.values[1].record["code"] for each in kept()}) == 1
+    assert len({each.values[1].record["code"] for each in RUNS}) == 1
 
 
-@pytest.mark.parametrize(("name", "result"), [each for each in kept() if is_run(each.values[1])])
+@pytest.mark.parametrize(("name", "result"), RUNS)
 def test_scores_are_those_of_the_rows(name: str, result: Result) -> None:
     metric = plan.read(name).metric
     for data in result.record["statistics"]:
@@ -109,7 +114,10 @@ def test_a_study_is_made_once_and_its_pages_need_nothing_else(
     before = {
         path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path(made.runs).rglob("*") if path.is_file()
     }
+    models = Path(made.runs) / "multi30k" / "teacher"
+    models.rename(aside := models.with_name("aside"))  # as in a fresh clone
     assert make.make(study, made, Display()) == {}
+    aside.rename(models)
     after = {
         path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path(made.runs).rglob("*") if path.is_file()
     }
@@ -122,18 +130,54 @@ def test_a_study_is_made_once_and_its_pages_need_nothing_else(
     written = pages.write(tmp_path, lambda name: make.kept_in(plan.read(name), made))
     page = (tmp_path / "multi30k.md").read_text()
     assert "| SeqKD | 1 |" in page
-    assert "Not made yet: KD" in page
+    assert "Not made yet: DistiLLM, SKL with seed 1, " in page
     assert {path.name for path in written} == {"multi30k.md", "time.md", "claims.md", "index.md"}
 
 
 def test_a_run_of_other_settings_is_not_taken_for_the_one_that_is_kept(study: Study, made: Place) -> None:
     cell = next(cell for cell in plan.cells(study, made) if cell.settings["variant"] == "sft")
-    digest = results.settings_digest(cell.run)
+    digest = make.digest(study, cell.run, made)
     assert json.loads((make.kept_in(study, made) / "sft_seed-1.json").read_text())["settings"] == digest
-    other = plan.cells(study.model_copy(update={"settings": {"optim.lr": 1e-5}}), made)[0]
-    assert results.settings_digest(other.run) != digest
     moved = cell.run.model_copy(update={"output": "elsewhere"})
-    assert results.settings_digest(moved) == digest
+    assert make.digest(study, moved, made) == digest
+    changed = study.model_copy(update={"settings": {"optim.lr": 1e-5}})
+    other = plan.cells(changed, made)[0]
+    assert make.digest(changed, other.run, made) != digest
+    stages = [s.model_copy(update={"settings": {"seed": 9}} if s.name == "teacher" else {}) for s in study.stages]
+    assert make.digest(study.model_copy(update={"stages": stages}), cell.run, made) != digest
+    with pytest.raises(ConfigError, match=r"sft_seed-1 holds a run of other settings \(optim.lr=1e-05\); delete"):
+        make.keep(changed, made)
+
+
+def test_a_run_that_is_not_whole_is_not_kept(study: Study, made: Place, tmp_path: Path) -> None:
+    place = Place(made.rows, str(tmp_path), smoke=True)
+    whole = Path(made.runs) / "multi30k" / "sft_seed-1"
+    folder = Path(shutil.copytree(whole, tmp_path / "multi30k" / "sft_seed-1"))
+    text = (folder / "run.yaml").read_text().replace(made.runs, place.runs)
+    (folder / "run.yaml").write_text(text)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(line for line in lines if '"kind": "step", "step": 2' not in line))
+    make.keep(study, place)
+    assert not make.kept_in(study, place).exists()
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    make.keep(study, place)
+    assert [path.name for path in make.kept_in(study, place).iterdir()] == ["sft_seed-1.json"]
+
+
+def test_a_run_that_fails_is_kept_as_one_and_shown(study: Study, made: Place, tmp_path: Path) -> None:
+    failing = study.model_copy(update={"variants": study.variants | {"sft": {"method.name": "sft", "optim.lr": 1e30}}})
+    place = Place(made.rows, str(tmp_path), smoke=True)
+    for name in ("tokenizer", "teacher", "student"):
+        shutil.copytree(Path(made.runs) / "multi30k" / name, tmp_path / "multi30k" / name)
+    for path in (tmp_path / "multi30k").glob("*/run.yaml"):
+        path.write_text(path.read_text().replace(made.runs, place.runs))
+    assert "sft_seed-1" in "".join(make.make(failing, place, Display(quiet=True)))
+    kept = results.load(make.kept_in(failing, place))
+    assert kept["sft_seed-1"].record["failed"] == 1
+    page = "\n".join(pages.methods_page(failing, kept, tmp_path))
+    assert "sft_seed-1 did not come to its end: it failed after step 1." in page
+    assert "KD with seed 1" in page
+    assert "SFT with seed 1" not in page
 
 
 def test_paths_of_the_files_are_moved_and_nothing_else() -> None:
@@ -185,6 +229,7 @@ def fabricated(name: str, level: float, seconds: float, draw: np.random.Generato
     record = {
         "scores": {"set": {"rouge_l": {"mean": float(np.mean(values)), "std": None}}},
         "statistics": {"set": {"rouge_l": [[values, 1]], "ids": "set:0-299", "num_rows": 300}},
+        "method": {"name": name.partition("_")[0]},
         "seconds": seconds,
         "steps": 10,
         "parameters": {"teacher": 2_000_000, "student": 1_000_000},
@@ -201,7 +246,10 @@ def test_claims_are_decided_by_the_interval(apart: float, verdict: str, monkeypa
     runs += [fabricated(f"sft_seed-{s}", 30, 30 + s, draw) for s in (1, 2, 3)]
     comparisons = [
         claims.Comparison(studies=["samsum", "absent"], better="kd", than="sft"),
-        claims.Comparison(studies=["samsum"], better="kd", than="sft", by="seconds"),
+        claims.Comparison(studies=["samsum"], better="kd", than="sft", faster=1),
+        claims.Comparison(studies=["samsum"], better="kd", than="sft", faster=3.5),
+        claims.Comparison(studies=["samsum"], better="kd", than="sft", faster=4),
+        claims.Comparison(studies=["samsum"], better="kd", than="sft", margin=9.0),
         claims.Comparison(studies=["samsum"], better="gkd", than="sft"),
     ]
     monkeypatch.setattr(
@@ -209,10 +257,10 @@ def test_claims_are_decided_by_the_interval(apart: float, verdict: str, monkeypa
     )
     page = "\n".join(claims.page({"samsum": (study, {run.name: run for run in runs})}))
     rows = [line for line in page.splitlines() if line.startswith("| [samsum]")]
-    assert [row.split(" | ")[-1].strip(" |") for row in rows] == [verdict, "held"]
+    assert [row.split(" | ")[-1].strip(" |") for row in rows] == [verdict, "held", "open", "reversed", "held"]
     assert f"{apart:+.0f}"[:2] in rows[0] or verdict == "open"
     assert "3.56 times as fast" in rows[1]
-    assert "2.0 M into 1.0 M, 10 steps, seeds: 3" in rows[0]
+    assert "2.0 M into 1.0 M, 10 steps, 3 seeds" in rows[0]
 
 
 def test_equal_time_takes_the_best_validation_until_then() -> None:
