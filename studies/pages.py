@@ -232,7 +232,7 @@ def theory_page(study: Study, kept: dict[str, Result], into: Path) -> list[str]:
                 f"## The gradient of a batch, for several skews: {found['of']}",
                 "",
                 f"Mean and variance of its norm over {batches} batches, at the weights of each checkpoint of the run; "
-                "no step is made. A skewed divergence's coefficient has the factor 1 - a: divide by it to compare.",
+                "no step is made. The coefficient of SKL has the factor 1 - a: divide by it to compare.",
                 "",
                 f"![size and variance of the gradient]({study.name}-{stage.name}.svg)",
                 "",
