@@ -150,7 +150,7 @@ def reached_by(run: Result, limit: float) -> tuple[int, float | None]:
 
 
 METHODS = (
-    "All methods have one learning rate, which was not searched for each of them: one may suit some better.",
+    "All methods have one learning rate, which was not searched for each of them: another may suit some better.",
     "There is no plain-text loss, which the paper has beside its losses: there is no such corpus here.",
     "DistiLLM-2 trains on two rows for each prompt, so that equal steps are twice the rows.",
 )

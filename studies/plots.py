@@ -11,7 +11,20 @@ from .results import Result, mean_std
 from .text import named
 
 mpl.rcParams["svg.hashsalt"] = "distillm"
-COLOURS = ("#4c566a", "#2e7d32", "#8d6e63", "#00838f", "#5e35b1", "#c62828", "#1565c0", "#ef6c00", "#ad1457")
+COLOURS = (
+    "#4c566a",
+    "#2e7d32",
+    "#8d6e63",
+    "#00838f",
+    "#5e35b1",
+    "#c62828",
+    "#1565c0",
+    "#ef6c00",
+    "#ad1457",
+    "#9e9d24",
+    "#6d4c41",
+    "#26a69a",
+)
 PARTS = ("generation", "teacher", "student forward", "student backward", "loss", "optimizer")
 """Parts of a step that the time page shows; whatever else a run did is told in its own report."""
 

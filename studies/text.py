@@ -19,6 +19,9 @@ NAMES = {
     "distillm-skl": "DistiLLM, SKL",
     "distillm-srkl": "DistiLLM, SRKL",
     "distillm2": "DistiLLM-2",
+    "sft-3e-4": "SFT at 3e-4",
+    "kd-3e-4": "KD at 3e-4",
+    "distillm-skl-3e-4": "DistiLLM, SKL at 3e-4",
 }
 """What variants are called on the pages."""
 HIDDEN = ("response_tokens", "calibration_error", "exact_match", "perplexity")
