@@ -20,6 +20,7 @@ NAMES = {
     "distillm-srkl": "DistiLLM, SRKL",
     "distillm2": "DistiLLM-2",
     "sft-3e-4": "SFT at 3e-4",
+    "minillm-3e-4": "MiniLLM at 3e-4",
     "kd-3e-4": "KD at 3e-4",
     "distillm-skl-3e-4": "DistiLLM, SKL at 3e-4",
 }
