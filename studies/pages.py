@@ -169,10 +169,13 @@ def _to_be_known(study: Study, groups: Groups, kept: dict[str, Result], always: 
     for name, run in kept.items():
         if "failed" in run.record:
             lines.append(f"{name} did not come to its end: it failed after step {run.record['failed']}.")
-    wanted = {(v, seed) for v in study.variants for seed in study.seeds_of.get(v, study.seeds)}
-    missing = [f"{named(v)} with seed {seed}" for v, seed in sorted(wanted) if f"{v}_seed-{seed}" not in kept]
-    if missing:
-        lines.append(f"Not made yet: {', '.join(missing)}.")
+    missing = {
+        named(v): [str(s) for s in study.seeds_of.get(v, study.seeds) if f"{v}_seed-{s}" not in kept]
+        for v in study.variants
+    }
+    waiting = [f"{name} (seed {', '.join(seeds)})" for name, seeds in missing.items() if seeds]
+    if waiting:
+        lines.append(f"Not made yet: {'; '.join(waiting)}.")
     return ["## To be known", "", *(f"- {line}" for line in lines)] if lines else []
 
 

@@ -130,7 +130,7 @@ def test_a_study_is_made_once_and_its_pages_need_nothing_else(
     written = pages.write(tmp_path, lambda name: make.kept_in(plan.read(name), made))
     page = (tmp_path / "multi30k.md").read_text()
     assert "| SeqKD | 1 |" in page
-    assert "Not made yet: DistiLLM, SKL with seed 1, " in page
+    assert "Not made yet: SFT (seed 2, 3); KD (seed 1, 2, 3); SeqKD (seed 2, 3); " in page
     assert {path.name for path in written} == {"multi30k.md", "time.md", "claims.md", "index.md"}
 
 
@@ -176,8 +176,7 @@ def test_a_run_that_fails_is_kept_as_one_and_shown(study: Study, made: Place, tm
     assert kept["sft_seed-1"].record["failed"] == 1
     page = "\n".join(pages.methods_page(failing, kept, tmp_path))
     assert "sft_seed-1 did not come to its end: it failed after step 1." in page
-    assert "KD with seed 1" in page
-    assert "SFT with seed 1" not in page
+    assert "Not made yet: SFT (seed 2, 3); KD (seed 1, 2, 3); " in page
 
 
 def test_paths_of_the_files_are_moved_and_nothing_else() -> None:
