@@ -22,10 +22,11 @@ def write(into: Path, folder: Callable[[str], Path]) -> list[Path]:
     into.mkdir(parents=True, exist_ok=True)
     made: list[Path] = []
     found = {name: (plan.read(name), results.load(folder(name))) for name in plan.names()}
-    found = {name: (study, kept) for name, (study, kept) in found.items() if groups_of(study, kept)}
     writers = {"methods": methods_page, "ablations": ablations_page, "theory": theory_page}
     for name, (study, kept) in found.items():
-        made.append(_page(into / f"{name}.md", writers[study.kind](study, kept, into)))
+        waiting = [f"# {study.title}", "", study.about, "", "No run of it is made yet."]
+        lines = writers[study.kind](study, kept, into) if groups_of(study, kept) else waiting
+        made.append(_page(into / f"{name}.md", lines))
     made.append(_page(into / "time.md", time_page(found, into)))
     made.append(_page(into / "claims.md", claims.page(found)))
     made.append(_page(into / "index.md", index_page(found)))
@@ -273,7 +274,7 @@ def time_page(found: dict[str, tuple[Study, dict[str, Result]]], into: Path) -> 
     ]
     for name, (study, kept) in found.items():
         groups = groups_of(study, kept)
-        if study.kind != "methods":
+        if study.kind != "methods" or not groups:
             continue
         plots.times(groups, into / f"{name}-time.svg")
         base = groups.get(study.baseline)

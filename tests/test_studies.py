@@ -131,7 +131,8 @@ def test_a_study_is_made_once_and_its_pages_need_nothing_else(
     page = (tmp_path / "multi30k.md").read_text()
     assert "| SeqKD | 1 |" in page
     assert "Not made yet: SFT (seed 2, 3); KD (seed 1, 2, 3); SeqKD (seed 2, 3); " in page
-    assert {path.name for path in written} == {"multi30k.md", "time.md", "claims.md", "index.md"}
+    assert {path.name for path in written} == {f"{name}.md" for name in (*plan.names(), "time", "claims", "index")}
+    assert "No run of it is made yet." in (tmp_path / "dolly.md").read_text()
 
 
 def test_a_run_of_other_settings_is_not_taken_for_the_one_that_is_kept(study: Study, made: Place) -> None:
