@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from distillm.config import Run, make_run, read_yaml
+from distillm.errors import ConfigError
 from distillm.sweep import Cell
 
 HERE = Path(__file__).parent
@@ -137,7 +138,13 @@ def names() -> list[str]:
 
 
 def read(name: str) -> Study:
-    """The study called ``name``."""
+    """The study called ``name``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not (HERE / name / "study.yaml").is_file():
+        raise ConfigError(f"there is no study {name}; there are {', '.join(names())}")
     return Study(name=name, **yaml.safe_load((HERE / name / "study.yaml").read_text(encoding="utf-8")))
 
 

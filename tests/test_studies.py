@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +223,14 @@ def test_a_mistake_in_a_study_is_named(changes: dict[str, Any], said: str) -> No
     Study(**good)
     with pytest.raises(ValidationError, match=said):
         Study(**(good | changes))
+
+
+def test_an_unknown_study_is_an_error_of_one_line() -> None:
+    command = [sys.executable, "-m", "studies", "run", "multi31k"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: there is no study multi31k; there are ")
+    assert "Traceback" not in done.stderr
 
 
 def fabricated(name: str, level: float, seconds: float, draw: np.random.Generator) -> Result:
