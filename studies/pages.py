@@ -269,7 +269,7 @@ def time_page(found: dict[str, tuple[Study, dict[str, Result]]], into: Path) -> 
         "",
         "By the accounting that every run keeps (`kind: time` in its metrics.jsonl), the mean over training seeds. Two "
         "runs shared one core with two threads: ratios mean more than seconds. The teacher's states are not cached, so "
-        "that each of its readings is paid.",
+        "that each of its readings is paid, but in the studies whose page says so.",
         "",
     ]
     for name, (study, kept) in found.items():

@@ -38,7 +38,7 @@ def curves(groups: Mapping[str, Sequence[Result]], column: int, label: str, path
             axis.plot([p[x] for p in points], [p[2] for p in points], marker=".", color=colour, label=named(variant))
     axes[0].set(xlabel="steps", ylabel=label)
     axes[1].set(xlabel="minutes of training")
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize="small", loc="outside right center")
     _save(figure, path)
 
 
@@ -76,7 +76,7 @@ def times(groups: Mapping[str, Sequence[Result]], path: Path) -> None:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axis.invert_yaxis()
     axis.set(xlabel="seconds a step")
-    axis.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right center")
     _save(figure, path)
 
 
