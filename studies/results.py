@@ -66,8 +66,10 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 @cache
-def code(revision: str) -> str:
+def code(revision: str | None) -> str:
     """The git tree of the package at ``revision``; with a mark where files here have changed since the last commit."""
+    if revision is None:
+        return "unknown"
     return _git("rev-parse", f"{revision}:src/distillm") + ("+changes" if _git("status", "--porcelain", "src") else "")
 
 
