@@ -53,10 +53,11 @@ def make(study: Study, place: Place, display: Display, jobs: int = 1) -> dict[st
             make_stage(study, stage, place, display)
     wrong: dict[str, str] = {}
     for seed in dict.fromkeys(cell.settings["seed"] for cell in waiting):
-        wrong |= run_sweep([cell for cell in waiting if cell.settings["seed"] == seed], display, jobs)[1]
-        for output in wrong:
-            run = next(cell.run for cell in waiting if cell.run.output == output)
-            _write(study, Path(output).name, results.failed(Path(output), digest(study, run, place)), place)
+        cells = [cell for cell in waiting if cell.settings["seed"] == seed]
+        wrong |= run_sweep(cells, display, jobs)[1]
+        for run in [cell.run for cell in cells if cell.run.output in wrong]:
+            folder = Path(run.output)
+            _write(study, folder.name, results.failed(folder, digest(study, run, place)), place)
         keep(study, place)
     for stage in study.stages:
         if stage.analyse:
@@ -89,11 +90,11 @@ def make_stage(study: Study, stage: Stage, place: Place, display: Display) -> No
 
 def _write_responses(study: Study, stage: Stage, place: Place, display: Display) -> None:
     """The teacher's responses to the rows of a variant, and what writing them took; interrupted, it is not kept."""
+    if (kept_in(study, place) / f"{stage.name}.json").is_file():
+        return
     run = next(cell.run for cell in plan.cells(study, place) if cell.settings["variant"] == stage.responses)
     assert run.data.responses_file is not None
     there = Path(run.data.responses_file).exists()
-    if (kept_in(study, place) / f"{stage.name}.json").is_file():
-        return
     began = time.monotonic()
     project = build(run.model_copy(update={"output": str(place.folder(study.name, stage.name))}), display)
     seconds = None if there else round(time.monotonic() - began, 1)
@@ -120,9 +121,9 @@ def fetch(model: str, folder: Path) -> None:
 
 def keep(study: Study, place: Place) -> None:
     """Write the results of all runs that are finished, those that are kept already too: there may be more to tell."""
-    for run in [cell.run for cell in plan.cells(study, place)]:
-        if _finished(run):
-            _keep(study, run, place)
+    for cell in plan.cells(study, place):
+        if _finished(cell.run):
+            _keep(study, cell.run, place)
 
 
 def digest(study: Study, run: Run, place: Place) -> str:

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from .results import Result, mean_std
+from .results import Result
 from .text import named
 
 mpl.rcParams["svg.hashsalt"] = "distillm"
@@ -68,10 +69,7 @@ def times(groups: Mapping[str, Sequence[Result]], path: Path) -> None:
     figure, (axis,) = _axes(1, height=0.45 * len(groups) + 1.2)
     left = [0.0] * len(groups)
     for colour, part in zip(COLOURS, PARTS, strict=False):
-        means = [
-            mean_std([run.record["parts"].get(part, 0.0) / run.record["steps"] for run in g]) for g in groups.values()
-        ]
-        widths = [0.0 if mean is None else mean[0] for mean in means]
+        widths = [fmean(r.record["parts"].get(part, 0.0) / r.record["steps"] for r in runs) for runs in groups.values()]
         axis.barh([named(v) for v in groups], widths, left=left, color=colour, label=part)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axis.invert_yaxis()

@@ -1,10 +1,13 @@
 """Pieces of a page: tables, numbers with their spread, differences with their intervals."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from distillm.evaluation import Difference
 from distillm.report.differences import MARKS
-from distillm.report.text import decimals, duration, parameter_count, score_name
+from distillm.report.read import Score
+from distillm.report.text import duration, parameter_count, score_name
+from distillm.report.text import mean_std as scored
 
 from .plan import Study
 from .results import Result, mean_std
@@ -43,11 +46,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def spread(name: str, values: Sequence[float | None]) -> str:
     """``mean ± deviation`` of a score over training seeds."""
     found = mean_std(values)
-    if found is None:
-        return "–"
-    mean, std = found
-    places = decimals(name)
-    return f"{mean:.{places}f}" if std is None else f"{mean:.{places}f} ± {std:.{places}f}"
+    return scored(name, None if found is None else Score(*found, len(values)))
 
 
 def mark(found: Difference) -> str:
@@ -62,8 +61,7 @@ def signed(found: Difference) -> str:
 
 def minutes(results: Sequence[Result]) -> str:
     """Mean minutes of training."""
-    found = mean_std([result.seconds for result in results])
-    return "–" if found is None else f"{found[0] / 60:.1f}"
+    return f"{fmean(result.seconds for result in results) / 60:.1f}"
 
 
 def percent(value: float) -> str:
