@@ -12,14 +12,14 @@ from distillm.report.text import score_name
 
 from . import plan, results
 from .plan import Strict, Study
-from .results import Result, of_variant
+from .results import Result, num_seeds, of_variant
 from .text import named, signed, table
 
 Found = dict[str, tuple[Study, dict[str, Result]]]
 
 
 class Comparison(Strict):
-    """Two variants, in each of some studies: by the study's score, or by the seconds of training."""
+    """Two variants, or a variant and a stage, in some studies: by the study's score, or by the seconds of training."""
 
     studies: list[str]
     better: str
@@ -40,7 +40,7 @@ class Claim(Strict):
 
 @dataclass(frozen=True)
 class Row:
-    """How a comparison came out in a study, on a test set."""
+    """How a comparison came out in a study, on its test sets together."""
 
     study: str
     who: str
@@ -63,11 +63,13 @@ def page(found: Found) -> list[str]:
         "Claims of DistiLLM (Ko et al., ICML 2024, arXiv:2402.03898) and of DistiLLM-2 (arXiv:2503.07067), in "
         "our words, beside what these studies saw, at their scale: small models, minutes of training, one "
         "teacher and one start in each study. *Held*: the 95 % interval of the difference lies on the claim's "
-        "side of zero. *Reversed*: it lies on the other. *Open*: it holds zero, so that these runs cannot "
-        "tell. With three seeds such an interval is too short where seeds differ more than rows do, and with "
-        "one it knows the rows alone, which is said. Times have no interval: *held* is where all runs of the "
-        "one are on the claim's side of all of the other. A claim that is open or reversed here may well be "
-        "true of larger models that train for longer.",
+        "side of zero, or of as much worse as is said to count for no worse. *Reversed*: it lies on the other. "
+        "*Open*: it does neither, so that these runs cannot tell, or there is one training seed, whose "
+        "interval knows nothing of how another would have come out. With two or three it is still too short "
+        "where seeds differ more than rows do. Times have no interval: *held* is where all runs of the one are "
+        "on the claim's side of all of the other. Each comparison is by itself, without correction for their "
+        "number; a study that has not both sides is left out. A claim that is open or reversed here may well "
+        "be true of larger models that train for longer.",
         "",
     ]
     claims = [(claim, [row for each in claim.comparisons for row in _rows(each, found)]) for claim in read()]
@@ -76,7 +78,7 @@ def page(found: Found) -> list[str]:
         lines += ["", f"## {claim.claim}", "", f"{claim.where}."]
         if rows:
             body = [[row.study, row.who, row.by, row.came_out, row.scale, row.verdict] for row in rows]
-            lines += ["", *table(["study", "better than", "by", "difference", "at the scale of", ""], body)]
+            lines += ["", *table(["study", "claimed", "by", "seen", "at the scale of", ""], body)]
         else:
             lines += ["", "No run here tells of it yet."]
     return lines
@@ -94,22 +96,24 @@ def _rows(comparison: Comparison, found: Found) -> list[Row]:
         ours, theirs = (of_variant(kept, variant) for variant in (comparison.better, comparison.than))
         if study is None or not ours or not theirs:
             continue
-        who = f"{named(comparison.better)} than {named(comparison.than)}"
-        seeds = min(len(ours), len(theirs))
+        who = f"{named(comparison.better)} over {named(comparison.than)}"
+        seeds = num_seeds(ours, theirs)
         scale = f"{_sizes(ours[0])}, {ours[0].record['steps']} steps, {seeds} seed{'s' * (seeds > 1)}"
         page = f"[{name}]({name}.md)"
         if comparison.faster is not None:
             times = [run.seconds for run in ours], [run.seconds for run in theirs]
-            ratio = f"{fmean(times[1]) / fmean(times[0]):.2f} times as fast"
-            by = "time" if comparison.faster == 1 else f"time, {comparison.faster:g} times as fast"
-            rows.append(Row(page, who, by, ratio, scale, _all_faster(*times, comparison.faster)))
+            ratio = fmean(times[0]) / fmean(times[1])
+            most = 1 / comparison.faster
+            by = "time" if most == 1 else f"time, {most:.3g} of it at most"
+            verdict = _all_faster(*times, comparison.faster)
+            rows.append(Row(page, who, by, f"{ratio:.2f} of its time", scale, verdict))
             continue
-        for data in ours[0].record["scores"]:
-            out = results.difference(ours, theirs, data, study.metric)
-            low, high = out.low + comparison.margin, out.high + comparison.margin
-            verdict = "held" if low > 0 else "reversed" if high < 0 else "open"
-            by = score_name(study.metric) + (f", {comparison.margin:g} worse at most" if comparison.margin else "")
-            rows.append(Row(f"{page}, {data}", who, by, signed(out), scale, verdict + ", on one seed" * (seeds == 1)))
+        out = results.difference(ours, theirs, list(ours[0].record["scores"]), study.metric)
+        low, high = out.low + comparison.margin, out.high + comparison.margin
+        verdict = "held" if low > 0 else "reversed" if high < 0 else "open"
+        by = score_name(study.metric) + (f", {comparison.margin:g} worse at most" if comparison.margin else "")
+        seen, verdict = (signed(out), verdict) if seeds > 1 else (signed(out, marked=False), "open, on one seed")
+        rows.append(Row(page, who, by, seen, scale, verdict))
     return rows
 
 

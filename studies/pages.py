@@ -6,15 +6,15 @@ from statistics import fmean as mean
 
 from distillm.report.text import duration, score_name
 
-from . import claims, plan, plots, results
+from . import claims, plan, plots, results, theory
 from .plan import Axis, Study
-from .results import Result, mean_std, of_variant
+from .results import Result, mean_std, num_seeds, of_variant
 from .text import minutes, models_table, named, percent, setting, shown_scores, signed, spread, table
 
 Groups = dict[str, list[Result]]
 HEAD = "<!-- Made by `python -m studies pages` from the results beside each study: change those, or the script. -->"
-ROUGE = 4
-"""The column of a curve that holds validation ROUGE-L; 0 is the step and 1 the seconds."""
+LOSS, ROUGE = 2, 4
+"""The columns of a curve that hold validation cross-entropy and ROUGE-L; 0 is the step and 1 the seconds."""
 
 
 def write(into: Path, folder: Callable[[str], Path]) -> list[Path]:
@@ -60,11 +60,12 @@ def methods_page(study: Study, kept: dict[str, Result], into: Path) -> list[str]
     lines = [*_opening(study, groups), "## Scores", ""]
     for data in test_sets(groups):
         lines += [f"**{data}**, {_num_rows(groups, data)} rows", ""]
-        lines += [*models_table(stages_of(study, kept), data, study.metric), "", *_scores(study, groups, data), ""]
+        lines += [*models_table(stages_of(study, kept), data, study.metric), ""]
+        lines += [*_scores(study, groups, kept, data), ""]
     lines += [_reading(study), ""]
     plots.curves(groups, ROUGE, "validation ROUGE-L", into / f"{study.name}-curves.svg")
     lines += ["## Along the way", "", f"![validation ROUGE-L by steps and by minutes]({study.name}-curves.svg)", ""]
-    return [*lines, *_equal_time(groups, kept), "", *_to_be_known(study, groups, kept, METHODS)]
+    return [*lines, *_equal_time(study, groups, kept), "", *_to_be_known(study, groups, kept, METHODS)]
 
 
 def _opening(study: Study, groups: Groups) -> list[str]:
@@ -77,20 +78,25 @@ def _num_rows(groups: Groups, data: str) -> int:
     return next(rows["num_rows"] for rows in kept if rows is not None)
 
 
-def _scores(study: Study, groups: Groups, data: str) -> list[str]:
+def _scores(study: Study, groups: Groups, kept: dict[str, Result], data: str) -> list[str]:
     names = shown_scores(next(iter(groups.values()))[0].record["scores"][data], study.metric)
-    base = groups.get(study.baseline)
+    others = [name for name in (study.baseline, "student") if name in groups or name in kept]
     rows: list[list[str]] = []
     for variant, runs in groups.items():
         scores = [spread(name, [run.score(data, name) for run in runs]) for name in names]
-        differs = ""
-        if base is not None and variant != study.baseline:
-            differs = signed(results.difference(runs, base, data, study.metric))
-        kept = ", ".join(str(run.record["kept_step"]) for run in runs)
-        rows.append([named(variant), str(len(runs)), scores[0], differs, *scores[1:], *_use(runs), kept, minutes(runs)])
-    header = ["method", "seeds", score_name(study.metric), f"less {named(study.baseline)}"]
+        differs = ["" if variant == name else _against(runs, of_variant(kept, name), data, study) for name in others]
+        steps = ", ".join(str(run.record["kept_step"]) for run in runs)
+        row = [named(variant), str(len(runs)), scores[0], *differs, *scores[1:], *_use(runs), steps, minutes(runs)]
+        rows.append(row)
+    header = ["method", "seeds", score_name(study.metric), *(f"against {named(name)}" for name in others)]
     header += [*map(score_name, names[1:]), *USE, "kept step", "minutes"]
     return table(header, rows)
+
+
+def _against(runs: Sequence[Result], others: Sequence[Result], data: str, study: Study) -> str:
+    """The difference in the study's score; with one seed its interval knows the rows alone, and it has no mark."""
+    found = results.difference(runs, others, [data], study.metric)
+    return signed(found, marked=num_seeds(runs, others) > 1)
 
 
 USE = ("student's rows, %", "phi at the end")
@@ -110,24 +116,35 @@ def _reading(study: Study) -> str:
         f"of the difference in {score_name(study.metric)}, by a bootstrap over test rows and training seeds "
         "together ([how](../evaluation.md)); with three seeds it is too short where seeds differ more than "
         "rows do, and with one it knows the rows alone. † p < 0.05, ‡ p < 0.01, not corrected for the number "
-        "of comparisons. Minutes are those of the training steps, writing included, with another run beside: "
-        "compare them with each other alone."
+        "of comparisons, and not said of one seed. Divergence is KL from the teacher to the student at the tokens of "
+        "the references; it, TER and the share cut by length are better when lower. Minutes are those of the training "
+        "steps, writing included, [had nothing slowed them down](time.md)."
     )
 
 
-def _equal_time(groups: Groups, kept: dict[str, Result]) -> list[str]:
+def _equal_time(study: Study, groups: Groups, kept: dict[str, Result]) -> list[str]:
     """The best validation of each method by the time at which the fastest had made all its steps."""
     limit = min(max(run.seconds for run in runs) for runs in groups.values())
-    rows: list[list[str]] = []
+    start = next(iter(groups.values()))[0].curve[0]
+    rows = [["the student before", "0", spread("rouge_l", [start[ROUGE]])]]
     for variant, runs in groups.items():
-        reached = [reached_by(run, limit) for run in runs]
-        steps = ", ".join(str(step) for step, _ in reached)
-        rows.append([named(variant), steps, spread("rouge_l", [value for _, value in reached])])
+        rows.append(_reached(named(variant), runs, limit))
+        charged = next((stage.name for stage in study.stages if stage.responses == variant), "")
+        if charged in kept and kept[charged].record["seconds"] is not None:
+            left = limit - kept[charged].record["seconds"]
+            rows.append(_reached(f"{named(variant)}, its writing paid", runs, left))
     text = (
         f"What each had reached after {duration(limit)}, when the fastest had made all its steps: the best validation "
-        "ROUGE-L until then, of the same runs, whose learning rate was still to fall."
+        "ROUGE-L of training until then, of the same runs, whose learning rate was still to fall. The first row is "
+        "what they started from."
     )
     return ["## At equal time", "", f"{text} {written_besides(kept)}".rstrip(), "", *table(EQUAL, rows)]
+
+
+def _reached(name: str, runs: Sequence[Result], limit: float) -> list[str]:
+    reached = [reached_by(run, limit) for run in runs]
+    values = [value for _, value in reached]
+    return [name, ", ".join(str(step) for step, _ in reached), "–" if None in values else spread("rouge_l", values)]
 
 
 EQUAL = ("method", "steps until the last validation", "validation ROUGE-L")
@@ -145,14 +162,19 @@ def written_besides(kept: dict[str, Result]) -> str:
 
 
 def reached_by(run: Result, limit: float) -> tuple[int, float | None]:
-    """The steps made within ``limit`` seconds, as far as validations tell, and the best ROUGE-L of those."""
-    points = [point for point in run.record["curve"] if point[1] <= limit and point[ROUGE] is not None]
-    return points[-1][0], max(point[ROUGE] for point in points)
+    """The steps made within ``limit`` seconds, as far as validations tell, and the best ROUGE-L of those, if any."""
+    points = [(step, rouge) for step, seconds, *_, rouge in run.curve if step > 0 and seconds <= limit]
+    return max((step for step, _ in points), default=0), max((rouge for _, rouge in points), default=None)
 
 
 METHODS = (
     "All methods have one learning rate, which was not searched for each of them: another may suit some better.",
-    "There is no plain-text loss, which the paper has beside its losses: there is no such corpus here.",
+    "The checkpoint kept is the best of the validations after training began, by ROUGE-L: the student before is none "
+    "of them, and a method may end below it.",
+    "DistiLLM's phi starts at 0.2 (0 in the paper, but 0.2 for its largest models) and any worsening of the validation "
+    "loss raises it (in the paper one of more than 0.1): with so few validations that would hardly ever be seen.",
+    "The plain-text loss, which the paper has beside its losses and MiniLLM as a term of its own, is left out of all.",
+    "SeqKD trains on greedy responses of the teacher, DistiLLM-2 on sampled ones.",
     "DistiLLM-2 trains on two rows for each prompt, so that equal steps are twice the rows.",
 )
 """What holds for every comparison of methods."""
@@ -196,13 +218,14 @@ def _axis(study: Study, axis: Axis, there: Groups, data: str, into: Path) -> lis
     rows: list[list[str]] = []
     base = there[axis.reference]
     for label, runs in there.items():
-        differs = "" if label == axis.reference else signed(results.difference(runs, base, data, study.metric))
+        differs = "" if label == axis.reference else _against(runs, base, data, study)
         rows.append(
             [
                 f"**{label}**" if label == axis.reference else label,
                 str(len(runs)),
                 spread(study.metric, [run.score(data, study.metric) for run in runs]),
                 differs,
+                spread("cross_entropy", [run.curve[-1][LOSS] for run in runs]),
                 spread("divergence", [run.score(data, "divergence") for run in runs]),
                 spread("truncated", [run.score(data, "truncated") for run in runs]),
                 *_use(runs),
@@ -210,56 +233,25 @@ def _axis(study: Study, axis: Axis, there: Groups, data: str, into: Path) -> lis
                 minutes(runs),
             ]
         )
-    header = [axis.name, "seeds", score_name(study.metric), f"less {axis.reference}", "divergence", "cut by length, %"]
+    header = [axis.name, "seeds", score_name(study.metric), f"against {axis.reference}"]
+    header += ["validation loss", "divergence", "cut by length, %"]
     lines = [f"## {axis.name[0].upper()}{axis.name[1:]}", "", axis.about, ""]
     lines += [*table([*header, *USE, "written anew, %", "minutes"], rows), ""]
     if axis.numeric:
         file = f"{study.name}-{axis.name.replace(' ', '-').lower()}.svg"
-        values = {label: mean_std([run.score(data, study.metric) for run in runs]) for label, runs in there.items()}
-        points = [(label, *value) for label, value in values.items() if value is not None]
-        plots.axis_plot(points, axis.name, score_name(study.metric), into / file)
-        lines += [f"![{score_name(study.metric)} by {axis.name}]({file})", ""]
+        scores = {label: mean_std([run.score(data, study.metric) for run in runs]) for label, runs in there.items()}
+        losses = {label: mean_std([run.curve[-1][LOSS] for run in runs]) for label, runs in there.items()}
+        panels = {score_name(study.metric): scores, "validation loss (cross-entropy)": losses}
+        known = {panel: {x: y for x, y in values.items() if y is not None} for panel, values in panels.items()}
+        plots.axis_plot(known, axis.name, into / file)
+        lines += [f"![{score_name(study.metric)} and validation loss by {axis.name}]({file})", ""]
     return lines
 
 
 def theory_page(study: Study, kept: dict[str, Result], into: Path) -> list[str]:
-    """The gradients of the study's own models, for several skews."""
+    """The theory's figures, of the study's own models."""
     groups = groups_of(study, kept)
-    lines = _opening(study, groups)
-    for stage in study.stages:
-        if stage.analyse and stage.name in kept:
-            found = kept[stage.name].record
-            rows = found["gradients"]
-            plots.gradients(rows, into / f"{study.name}-{stage.name}.svg")
-            batches = found["settings"]["batches"]
-            lines += [
-                f"## The gradient of a batch, for several skews: {found['of']}",
-                "",
-                f"Mean and variance of its norm over {batches} batches, at the weights of each checkpoint of the run; "
-                "no step is made. The coefficient of SKL has the factor 1 - a: divide by it to compare.",
-                "",
-                f"![size and variance of the gradient]({study.name}-{stage.name}.svg)",
-                "",
-                *_last_gradients(rows),
-                "",
-            ]
-    return [*lines, *_to_be_known(study, groups, kept)]
-
-
-def _last_gradients(rows: list[dict[str, float]]) -> list[str]:
-    steps = list(dict.fromkeys(row["step"] for row in rows))
-    shown = [
-        [
-            str(row["divergence"]).replace("_", " "),
-            f"{row['alpha']:g}",
-            str(row["step"]),
-            f"{row['mean']:.3g}",
-            f"{row['variance'] ** 0.5 / row['mean']:.3f}",
-        ]
-        for row in rows
-        if row["step"] in (steps[0], steps[-1])
-    ]
-    return table(["divergence", "skew", "step", "mean norm", "deviation / mean"], shown)
+    return [*_opening(study, groups), *theory.sections(study, kept, into), *_to_be_known(study, groups, kept)]
 
 
 def time_page(found: dict[str, tuple[Study, dict[str, Result]]], into: Path) -> list[str]:
@@ -268,8 +260,11 @@ def time_page(found: dict[str, tuple[Study, dict[str, Result]]], into: Path) -> 
         "# Time and its parts",
         "",
         "By the accounting that every run keeps (`kind: time` in its metrics.jsonl), the mean over training seeds. Two "
-        "runs shared one core with two threads: ratios mean more than seconds. The teacher's states are not cached, so "
-        "that each of its readings is paid, but in the studies whose page says so.",
+        "runs shared the two threads of one core, and other work came and went, so that the clock alone compares "
+        "nothing. The backward pass of a token is the same work in every run of a student: what it took, over the "
+        "least of its study, is a run's slowdown, and all its seconds are divided by that, here and on the other "
+        "pages. The deviation of what is left over seeds tells how well this serves. The teacher's states are not "
+        "cached, so that each of its readings is paid, but in the studies whose page says so.",
         "",
     ]
     for name, (study, kept) in found.items():
@@ -280,15 +275,16 @@ def time_page(found: dict[str, tuple[Study, dict[str, Result]]], into: Path) -> 
         base = groups.get(study.baseline)
         rows: list[list[str]] = []
         for variant, runs in groups.items():
-            parts = {part: sum(run.record["parts"].get(part, 0.0) for run in runs) for part in plots.PARTS}
+            parts = {part: sum(run.parts.get(part, 0.0) for run in runs) for part in plots.PARTS}
             whole = sum(run.seconds for run in runs)
             ratio = (
                 spread("ratio", [run.seconds / mean(other.seconds for other in base) for run in runs]) if base else "–"
             )
             shares = [percent(parts[part] / whole) for part in ("generation", "teacher")]
-            rows.append([named(variant), minutes(runs), ratio, *shares])
-        header = ["method", "minutes", f"time / {named(study.baseline)}"]
-        lines += [f"## {study.title}", "", *table([*header, "writing, % of the time", "teacher, %"], rows), ""]
+            slowed = ", ".join(f"{run.slowdown:.2f}" for run in runs)
+            rows.append([named(variant), minutes(runs), ratio, *shares, slowed])
+        header = ["method", "minutes", f"time / {named(study.baseline)}", "writing, % of the time", "teacher, %"]
+        lines += [f"## {study.title}", "", *table([*header, "slowdown of each run"], rows), ""]
         lines += [f"![seconds of a step by part]({name}-time.svg)", "", written_besides(kept), ""]
     return lines
 

@@ -45,7 +45,7 @@ def curves(groups: Mapping[str, Sequence[Result]], column: int, label: str, path
 
 def _mean_curve(runs: Sequence[Result], column: int) -> list[tuple[float, float, float]]:
     found: list[tuple[float, float, float]] = []
-    for points in zip(*(run.record["curve"] for run in runs), strict=False):
+    for points in zip(*(run.curve for run in runs), strict=False):
         values = [point[column] for point in points]
         if None not in values:
             count = len(points)
@@ -53,14 +53,15 @@ def _mean_curve(runs: Sequence[Result], column: int) -> list[tuple[float, float,
     return found
 
 
-def axis_plot(rows: Sequence[tuple[str, float, float | None]], xlabel: str, ylabel: str, path: Path) -> None:
-    """A score against the values of an axis that has numbers, with the deviation over seeds."""
-    figure, (axis,) = _axes(1)
-    places = range(len(rows))
-    spread = [row[2] or 0.0 for row in rows] if any(row[2] for row in rows) else None
-    axis.errorbar(list(places), [row[1] for row in rows], yerr=spread, marker="o", capsize=3, color=COLOURS[6])
-    axis.set_xticks(list(places), [row[0] for row in rows])
-    axis.set(xlabel=xlabel, ylabel=ylabel)
+def axis_plot(panels: Mapping[str, Mapping[str, tuple[float, float | None]]], xlabel: str, path: Path) -> None:
+    """Scores against the values of an axis that has numbers, with the deviation over seeds."""
+    figure, axes = _axes(len(panels))
+    for axis, (label, rows) in zip(axes, panels.items(), strict=True):
+        spread = [deviation or 0.0 for _, deviation in rows.values()]
+        places = list(range(len(rows)))
+        axis.errorbar(places, [value for value, _ in rows.values()], yerr=spread, marker="o", color=COLOURS[6])
+        axis.set_xticks(places, list(rows))
+        axis.set(xlabel=xlabel, ylabel=label)
     _save(figure, path)
 
 
@@ -69,7 +70,7 @@ def times(groups: Mapping[str, Sequence[Result]], path: Path) -> None:
     figure, (axis,) = _axes(1, height=0.45 * len(groups) + 1.2)
     left = [0.0] * len(groups)
     for colour, part in zip(COLOURS, PARTS, strict=False):
-        widths = [fmean(r.record["parts"].get(part, 0.0) / r.record["steps"] for r in runs) for runs in groups.values()]
+        widths = [fmean(r.parts.get(part, 0.0) / r.record["steps"] for r in runs) for runs in groups.values()]
         axis.barh([named(v) for v in groups], widths, left=left, color=colour, label=part)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axis.invert_yaxis()
@@ -92,6 +93,36 @@ def gradients(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 )
             axis.set(title=name.replace("_", " "), xlabel="step", ylabel=label, yscale="log")
     axes[0].legend(fontsize="small", title="skew")
+    _save(figure, path)
+
+
+def coefficients(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """What multiplies a token's gradient, by its percentile, at the first weights and at the last."""
+    steps = sorted({row["step"] for row in rows})
+    shown = dict.fromkeys((steps[0], steps[-1]))
+    figure, axes = _axes(len(shown))
+    for axis, step in zip(axes, shown, strict=True):
+        for colour, name in zip(COLOURS, dict.fromkeys(row["divergence"] for row in rows), strict=False):
+            mine = [row for row in rows if row["divergence"] == name and row["step"] == step]
+            x, y = [row["percentile"] for row in mine], [abs(row["coefficient"]) for row in mine]
+            axis.plot(x, y, marker=".", color=colour, label=str(name).replace("_", " "))
+        axis.set(title=f"step {step}", xlabel="percentile of tokens", ylabel="|coefficient|", yscale="log")
+    axes[0].legend(fontsize="small")
+    _save(figure, path)
+
+
+def errors(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The normalized error of an estimate, by skew and number of samples."""
+    names = list(dict.fromkeys(row["divergence"] for row in rows))
+    figure, axes = _axes(len(names))
+    for axis, name in zip(axes, names, strict=True):
+        for colour, samples in zip(COLOURS, dict.fromkeys(row["samples"] for row in rows), strict=False):
+            mine = [row for row in rows if row["divergence"] == name and row["samples"] == samples]
+            x, y = [row["alpha"] for row in mine], [row["normalized"] for row in mine]
+            axis.plot(x, y, marker=".", color=colour, label=f"{samples} samples")
+        axis.set(title=name.replace("_", " "), xlabel="skew", ylabel="squared error / (1 - a)²")
+        axis.set(xscale="log", yscale="log")
+    axes[0].legend(fontsize="small")
     _save(figure, path)
 
 

@@ -28,11 +28,23 @@ class Result:
 
     name: str
     record: dict[str, Any]
+    slowdown: float = 1.0
+    """How many times as long as the least disturbed run of its study it took for the same work."""
 
     @property
     def seconds(self) -> float:
-        """Training, what the student wrote for it included."""
-        return self.record["seconds"]
+        """Training, what the student wrote for it included, had nothing slowed it down."""
+        return self.record["seconds"] / self.slowdown
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part of training, likewise."""
+        return {name: seconds / self.slowdown for name, seconds in self.record["parts"].items()}
+
+    @property
+    def curve(self) -> list[list[float | None]]:
+        """``[step, seconds, *CURVE]`` of each validation, the seconds likewise."""
+        return [[step, seconds / self.slowdown, *values] for step, seconds, *values in self.record["curve"]]
 
     def score(self, data: str, name: str) -> float | None:
         """A score on a test set, the mean over decoding seeds."""
@@ -172,14 +184,31 @@ def as_json(record: dict[str, Any]) -> str:
 
 
 def load(folder: Path) -> dict[str, Result]:
-    """The results of a study by the names of their runs."""
-    return {path.stem: Result(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))}
+    """The results of a study by the names of their runs.
+
+    Other work came and went while the runs were made. The backward pass of a token is the same work in all runs of a
+    student, so that what it took tells how much a run was slowed down.
+    """
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    paces = {
+        name: (record["parameters"]["student"], record["parts"]["student backward"] / record["tokens"])
+        for name, record in records.items()
+        if record.get("parts", {}).get("student backward")
+    }
+    best = {size: min(pace for other, pace in paces.values() if other == size) for size, _ in paces.values()}
+    slowdowns = {name: pace / best[size] for name, (size, pace) in paces.items()}
+    return {name: Result(name, record, slowdowns.get(name, 1.0)) for name, record in records.items()}
 
 
 def of_variant(results: dict[str, Result], variant: str) -> list[Result]:
-    """The runs of a variant that came to their end, one for each seed that was made."""
-    named = [result for name, result in results.items() if name.rpartition("_seed-")[0] == variant]
+    """The runs of a variant that came to their end, one for each seed that was made; or the one of a stage."""
+    named = [result for name, result in results.items() if variant in (name, name.rpartition("_seed-")[0])]
     return [result for result in named if "failed" not in result.record]
+
+
+def num_seeds(*groups: Sequence[Result]) -> int:
+    """The training seeds that each has; a stage is one model, and not a draw of any."""
+    return min((len(runs) for runs in groups if "_seed-" in runs[0].name), default=1)
 
 
 def mean_std(values: Sequence[float | None]) -> tuple[float, float | None] | None:
@@ -190,13 +219,17 @@ def mean_std(values: Sequence[float | None]) -> tuple[float, float | None] | Non
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
 
 
-def difference(system: Sequence[Result], baseline: Sequence[Result], data: str, metric: str) -> Difference:
-    """Of two variants on a test set, by rows and training seeds.
+def difference(system: Sequence[Result], baseline: Sequence[Result], sets: Sequence[str], metric: str) -> Difference:
+    """Of two variants on the rows of all ``sets``, by rows and training seeds.
 
     Raises:
         ValueError: they were scored on different rows.
     """
-    if len({json.dumps(result.record["statistics"][data]["ids"]) for result in (*system, *baseline)}) > 1:
-        raise ValueError(f"{system[0].name} and {baseline[0].name} were scored on different rows of {data}")
-    arrays = [[result.statistics(data, metric) for result in each] for each in (system, baseline)]
+    for data in sets:
+        if len({json.dumps(result.record["statistics"][data]["ids"]) for result in (*system, *baseline)}) > 1:
+            raise ValueError(f"{system[0].name} and {baseline[0].name} were scored on different rows of {data}")
+    arrays = [
+        [np.concatenate([result.statistics(data, metric) for data in sets], axis=1) for result in each]
+        for each in (system, baseline)
+    ]
     return paired_bootstrap(*arrays, METRICS[metric].score)

@@ -22,6 +22,7 @@ NAMES = {
     "distillm-skl": "DistiLLM, SKL",
     "distillm-srkl": "DistiLLM, SRKL",
     "distillm2": "DistiLLM-2",
+    "student": "the student before",
     "sft-3e-4": "SFT at 3e-4",
     "minillm-3e-4": "MiniLLM at 3e-4",
     "kd-3e-4": "KD at 3e-4",
@@ -54,9 +55,10 @@ def mark(found: Difference) -> str:
     return next((sign for level, sign in MARKS if found.p < level), "")
 
 
-def signed(found: Difference) -> str:
+def signed(found: Difference, *, marked: bool = True) -> str:
     """A difference, its 95 % interval and its mark."""
-    return f"{found.difference:+.2f} [{found.low:+.2f}, {found.high:+.2f}] {mark(found)}".rstrip()
+    shown = f"{found.difference:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+    return f"{shown} {mark(found)}".rstrip() if marked else shown
 
 
 def minutes(results: Sequence[Result]) -> str:

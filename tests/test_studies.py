@@ -269,12 +269,58 @@ def test_claims_are_decided_by_the_interval(apart: float, verdict: str, monkeypa
     rows = [line for line in page.splitlines() if line.startswith("| [samsum]")]
     assert [row.split(" | ")[-1].strip(" |") for row in rows] == [verdict, "held", "open", "reversed", "held"]
     assert f"{apart:+.0f}"[:2] in rows[0] or verdict == "open"
-    assert "3.56 times as fast" in rows[1]
+    assert "| time, 0.286 of it at most | 0.28 of its time |" in rows[2]
     assert "2.0 M into 1.0 M, 10 steps, 3 seeds" in rows[0]
+
+
+def test_one_seed_decides_nothing_but_a_stage_is_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(4)
+    study = plan.read("samsum")
+    runs = [fabricated(f"kd_seed-{s}", 40, 9, draw) for s in (1, 2)]
+    runs += [fabricated("sft_seed-1", 30, 9, draw), fabricated("student", 30, 9, draw)]
+    comparisons = [claims.Comparison(studies=["samsum"], better="kd", than=than) for than in ("sft", "student")]
+    monkeypatch.setattr(claims, "read", lambda: [claims.Claim(claim="So", where="There", comparisons=comparisons)])
+    page = claims.page({"samsum": (study, {run.name: run for run in runs})})
+    one, stage = (line for line in page if line.startswith("| [samsum]"))
+    assert one.endswith("1 seed | open, on one seed |")
+    assert "‡" not in one
+    assert stage.endswith("2 seeds | held |")
+    assert "‡" in stage
+    assert "| So | 1 | 1 | 0 |" in page
+
+
+def test_several_test_sets_count_by_their_rows() -> None:
+    draw = np.random.default_rng(4)
+    runs = [fabricated("kd_seed-1", 40, 9, draw), fabricated("sft_seed-1", 30, 9, draw)]
+    for run, shift in zip(runs, (2, -1), strict=True):
+        ((values, one),) = run.record["statistics"]["set"]["rouge_l"]
+        other = {"rouge_l": [[[value + shift for value in values[:100]], one]], "ids": "b:0-99", "num_rows": 100}
+        run.record["statistics"]["other"] = other
+    whole, first = (results.difference(runs[:1], runs[1:], sets, "rouge_l") for sets in (["set", "other"], ["set"]))
+    values = [[np.mean(run.statistics(data, "rouge_l")[0, :, 0]) for run in runs] for data in ("set", "other")]
+    apart = [a - b for a, b in values]
+    assert first.difference == pytest.approx(apart[0])
+    assert whole.difference == pytest.approx((300 * apart[0] + 100 * apart[1]) / 400)
+
+
+def test_what_slowed_a_run_down_is_taken_out(tmp_path: Path) -> None:
+    quick = {"parameters": {"student": 5}, "tokens": 100, "seconds": 8.0, "curve": [[0, 0.0, 1], [4, 8.0, 1]]}
+    quick["parts"] = {"student backward": 4.0, "generation": 2.0}
+    slow = quick | {"tokens": 200, "seconds": 30.0, "parts": {"student backward": 24.0, "generation": 3.0}}
+    slow["curve"] = [[0, 0.0, 1], [4, 30.0, 1]]
+    larger = slow | {"parameters": {"student": 9}}
+    for name, record in {"a_seed-1": quick, "b_seed-1": slow, "teacher": larger, "responses": {"rows": 3}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    found = results.load(tmp_path)
+    assert {name: run.slowdown for name, run in found.items()} == {
+        "a_seed-1": 1.0, "b_seed-1": 3.0, "teacher": 1.0, "responses": 1.0,
+    }  # fmt: skip
+    run = found["b_seed-1"]
+    assert (run.seconds, run.parts["generation"], run.curve[1][:2]) == (10.0, 1.0, [4, 10.0])
 
 
 def test_equal_time_takes_the_best_validation_until_then() -> None:
     run = fabricated("kd_seed-1", 30, 20, np.random.default_rng(0))
     assert pages.reached_by(run, 20.0) == (10, 9.0)
     assert pages.reached_by(run, 19.9) == (5, 9.0)
-    assert pages.reached_by(run, 9.0) == (0, 5.0)
+    assert pages.reached_by(run, 9.0) == (0, None)  # what it started from is not its own
