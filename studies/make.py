@@ -113,7 +113,8 @@ def fetch(model: str, folder: Path) -> None:
     if not MODELS.is_file():
         raise ConfigError(f"{folder} is missing and {MODELS} is not here; put the model {model} there")
     raw = folder.with_name(f"{folder.name}.fetched")
-    subprocess.run([sys.executable, str(MODELS), model, str(raw)], check=True)
+    if subprocess.run([sys.executable, str(MODELS), model, str(raw)], check=False).returncode:
+        raise ConfigError(f"the model {model} could not be brought: what {MODELS} said is above; try again")
     source = str(raw / "model.gguf") if (raw / "model.gguf").is_file() else str(raw)
     # Its publisher's weights are pickled, in the case of opus-mt; the script has compared their checksum.
     loaded = load_model(source, device="cpu", trust_remote_code=True)

@@ -116,9 +116,9 @@ def _reading(study: Study) -> str:
         f"of the difference in {score_name(study.metric)}, by a bootstrap over test rows and training seeds "
         "together ([how](../evaluation.md)); with three seeds it is too short where seeds differ more than "
         "rows do, and with one it knows the rows alone. † p < 0.05, ‡ p < 0.01, not corrected for the number "
-        "of comparisons, and not said of one seed. Divergence is KL from the teacher to the student at the tokens of "
-        "the references; it, TER and the share cut by length are better when lower. Minutes are those of the training "
-        "steps, writing included, [had nothing slowed them down](time.md)."
+        "of comparisons, and not said of one seed. Divergence is KL(teacher ‖ student) at the tokens of the "
+        "references, which is what KD minimises; it, TER and the share cut by length are better when lower. "
+        "Minutes are those of the training steps, writing included, [had nothing slowed them down](time.md)."
     )
 
 
@@ -170,7 +170,7 @@ def reached_by(run: Result, limit: float) -> tuple[int, float | None]:
 METHODS = (
     "All methods have one learning rate, which was not searched for each of them: another may suit some better.",
     "The checkpoint kept is the best of the validations after training began, by ROUGE-L: the student before is none "
-    "of them, and a method may end below it.",
+    "of them, and a method may end below it, since the learning rate begins anew on fewer rows.",
     "DistiLLM's phi starts at 0.2 (0 in the paper, but 0.2 for its largest models) and any worsening of the validation "
     "loss raises it (in the paper one of more than 0.1): with so few validations that would hardly ever be seen.",
     "The plain-text loss, which the paper has beside its losses and MiniLLM as a term of its own, is left out of all.",

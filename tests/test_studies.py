@@ -225,6 +225,16 @@ def test_a_mistake_in_a_study_is_named(changes: dict[str, Any], said: str) -> No
         Study(**(good | changes))
 
 
+def test_a_model_that_cannot_be_brought_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make, "MODELS", tmp_path / "fetch.py")
+    with pytest.raises(ConfigError, match=r"fetch.py is not here; put the model smollm2 there"):
+        make.fetch("smollm2", tmp_path / "smollm2")
+    (tmp_path / "fetch.py").write_text("raise SystemExit(3)\n")
+    with pytest.raises(ConfigError, match="the model smollm2 could not be brought"):
+        make.fetch("smollm2", tmp_path / "smollm2")
+    assert [path.name for path in tmp_path.iterdir()] == ["fetch.py"]
+
+
 def test_an_unknown_study_is_an_error_of_one_line() -> None:
     command = [sys.executable, "-m", "studies", "run", "multi31k"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
