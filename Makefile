@@ -35,7 +35,7 @@ test-data: $(VENV)/.dev $(VENV)/.teacher
 test-slow: $(VENV)/.dev $(VENV)/.teacher
 	$(BIN)/python -m pytest -m slow -q
 
-# Kills, full disks, damaged files, dying processes, faulty servers: half an hour; writes the table in docs/reliability.md.
+# Kills, full disks, damaged files, dying processes, faulty servers: a quarter of an hour; writes the table in docs/reliability.md.
 faults: $(VENV)/.dev
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m faults $(FAULTS)
 

@@ -59,8 +59,8 @@ def make_workspace(folder: Path) -> Path:
         save(model, tokenizer, folder / name)
     for name in ("gpt2", "gpt2-xl"):
         save(tiny_model("gpt2", layers=1, seed=4, n_positions=1024), tokenizer, folder / "openai-community" / name)
-    for name in ("samsum-t5-xl-sft", "samsum-t5-small-sft"):
-        save(tiny_model("t5", layers=1, seed=5), tokenizer, folder / "runs" / name / "student")
+    for name in ("t5-3b", "t5-small"):
+        save(tiny_model("t5", layers=1, seed=5), tokenizer, folder / "google-t5" / name)
     save(tiny_model("t5", layers=6, seed=6), tokenizer, folder / "encoder-decoder")
     save(tiny_model("marian", layers=6, seed=7), tokenizer, folder / "Helsinki-NLP" / "opus-mt-en-fr")
     shutil.copytree(ROOT / "studies" / "tutorials", folder / "studies" / "tutorials")
@@ -85,6 +85,7 @@ def _write_rows(folder: Path) -> None:
     }
     for place in ("my", "other", "data/dolly", "prompts"):
         (folder / place).mkdir(parents=True, exist_ok=True)
+    kinds |= {f"more-{name}": kinds[name][:2] for name in ("articles", "chats")}
     for name, rows in kinds.items():
         write_rows(folder / "my" / f"{name}.jsonl", rows)
     write_rows(folder / "other" / "more.jsonl", both[:2])
@@ -125,3 +126,6 @@ def prepare(page: str, workspace: Path, folder: Path, runs: list[str], changes: 
         (folder / str(fence.title)).write_text(fence.text, encoding="utf-8")
     for run in runs:
         shutil.copytree(folder / "made" / ("kd" if run.endswith(("kd", "/b")) else "mine"), folder / run)
+        if "/grid/" in run:  # what a sweep leaves beside its runs
+            for name in ("table.md", "report.html"):
+                (folder / run).with_name(name).touch()

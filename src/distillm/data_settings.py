@@ -110,7 +110,7 @@ class Data(Section):
     system: str | None = None
     """A system message, with the chat template."""
     teacher_system: str | None = None
-    """A system message that only the teacher reads, in place of `system`."""
+    """A system message that only the teacher reads, in place of `system`; for the template `chat`."""
     teacher_template: str | None = None
     """A template for what the teacher reads, where it is to see more than the student; like `template`."""
     fields: dict[str, str] = {}

@@ -13,7 +13,6 @@ from .common import plain_console
 Folder = Annotated[Path | None, typer.Option(help="The folder; ~/.cache/distillm/teacher unless given.")]
 
 cache_app = typer.Typer(
-    help="What frozen teachers said, kept on disk: list it, fill it, clear it.",
     invoke_without_command=True,
     rich_markup_mode=None,
 )
@@ -21,8 +20,10 @@ cache_app = typer.Typer(
 
 @cache_app.callback()
 def show(context: typer.Context, folder: Folder = None) -> None:
-    """List the teachers whose hidden states are kept: how many rows, how large, when last used, and whether runs can do
-    with them alone, without the teacher itself (teacher.cached=NAME).
+    """What frozen teachers said, kept on disk: list it, fill it, clear it.
+
+    Alone, it lists the teachers whose hidden states are kept: how many rows, how large, when last used, and whether
+    runs can do with them alone, without the teacher itself (teacher.cached=NAME).
 
     \b
     distillm cache
@@ -68,7 +69,7 @@ def clear(
     teacher: Annotated[str | None, typer.Option(help="Only this one, by the name that `distillm cache` shows.")] = None,
     folder: Folder = None,
 ) -> None:
-    """Delete what is kept; runs that need it make it again."""
+    """Delete what is kept. Runs that need it make it again, but for those that do without the teacher."""
     from ..caching import size
     from ..model_settings import default_folder
     from ..teacher_cache import clear as delete

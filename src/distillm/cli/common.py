@@ -32,7 +32,10 @@ MaxNew = Annotated[
     int | None, typer.Option(min=1, help="Longest response, in tokens; a run's own, or 256, unless given.")
 ]
 Device = Annotated[str | None, typer.Option(help="auto (cuda, then mps, then cpu), cpu, cuda or mps.")]
-Template = Annotated[str | None, typer.Option(help="alpaca, chat, or a Jinja template; a run's own unless given.")]
+Template = Annotated[
+    str | None,
+    typer.Option(help="alpaca, chat, one of the task's, or a Jinja template; a run's or model's own unless given."),
+]
 TaskName = Annotated[
     str | None, typer.Option(help="instruction, summarization, translation, chat or a YAML file; a run's own if any.")
 ]

@@ -22,8 +22,8 @@ def push(
     distillm push runs/mine me/my-student --dry-run
     distillm push runs/mine me/my-student --private
 
-    Weights, configuration, tokenizer and README.md go, and nothing else that lies there. Look at the README.md first:
-    it is published as it is. Log in by `hf auth login`, or give a token with write access in HF_TOKEN.
+    Weights, configuration, tokenizer, README.md and licences go, and nothing else that lies there. Look at the
+    README.md first: it is published as it is. Log in by `hf auth login`, or give a token with write access in HF_TOKEN.
     """
     from ..publish import address_of, parcel_of, upload
 

@@ -66,7 +66,8 @@ def evaluate_command(
     distillm eval model.gguf --data my/test.jsonl --output scores.json
     distillm eval --predictions answers.jsonl --metrics bleu
 
-    What is not given is as in the run; for a model, as in the defaults of `distillm schema`. Without --output a run's
+    What is not given is as in the run; for a model, as in the defaults of `distillm schema`, but that it reads rows by
+    its own chat template where it has one, and no longer ones than it can. Without --output a run's
     scores go to RUN/eval/DATA-SYSTEM.json, where `distillm compare` and `distillm report` find them.
     """
     from ..evaluation.metrics import known

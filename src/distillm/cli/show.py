@@ -24,7 +24,7 @@ def compare(
 
     \b
     distillm compare runs/kd runs/distillm
-    distillm compare runs/grid/* --baseline kd -o table.tex
+    distillm compare runs/grid/*/ --baseline kd -o table.tex
     distillm compare a/scores.json b/scores.json --baseline a/scores
 
     Runs that differ in nothing but their seed share a row: mean ± standard deviation over them. With --baseline a sign

@@ -63,9 +63,10 @@ def sweep(
 
     \b
     distillm sweep run.yaml method.name=sft,kd,gkd,distillm seed=1,2,3 output=runs/methods
-    distillm sweep run.yaml method.alpha=0,0.01,0.1,0.3 --jobs 2
+    distillm sweep run.yaml method.alpha=0,0.01,0.1,0.3 output=runs/alpha --jobs 2
 
-    Finished runs are not repeated: after an interruption the same command goes on.
+    Each run has a folder in `output`, beside their table and report. Finished runs are not repeated: after an
+    interruption the same command goes on.
     """
     from ..sweep import cells_of, run_sweep, write_table
 
