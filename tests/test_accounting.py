@@ -3,12 +3,14 @@
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from distillm.accounting import Account, computed, kept_by, part, peak_bytes, peak_rate
+from distillm.adapters import add_adapter
 from distillm.config import read_yaml
 from distillm.pipeline import distill
 from tiny import tiny_causal, tiny_seq2seq
@@ -77,6 +79,35 @@ def test_operations_are_those_of_the_products(kind: str) -> None:
     with kept_by(account):
         computed(model, tokens=[(3, length - 3)], logits=length, trained=True)
     assert account.take()[1] == 3 * products
+
+
+def operations(model: Any, *, trained: bool) -> int:
+    account = Account(CPU)
+    with kept_by(account):
+        computed(model, tokens=[(1, 0)], logits=0, trained=trained)
+    return account.take()[1]
+
+
+def test_frozen_weights_take_no_gradient() -> None:
+    model = tiny_causal("llama")
+    forward = operations(model, trained=False)
+    frozen = add_adapter(tiny_causal("llama"), r=2, alpha=4, dropout=0.0, targets=None, seed=0)
+    adapter = sum(p.numel() for p in frozen.parameters() if p.requires_grad)
+    assert operations(frozen, trained=True) == 2 * forward + 6 * adapter
+
+
+def test_a_token_meets_the_experts_it_is_sent_to() -> None:
+    model = tiny_causal("qwen3_moe")
+    ids = torch.randint(5, 50, (1, 1))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(ids)
+    counted = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    experts = [p for p in model.parameters() if p.ndim == 3]  # whose products the counter does not know
+    assert len(experts) == 4
+    account = Account(CPU)
+    with kept_by(account):
+        computed(model, tokens=[(1, 0)], logits=1)
+    assert account.take()[1] == counted + sum(2 * p[:2].numel() for p in experts)
 
 
 def test_an_encoder_reads_the_prompt_and_a_decoder_the_response() -> None:

@@ -173,6 +173,7 @@ def test_an_override_reaches_into_a_section_that_a_run_left_empty():
         (["teacher={adapter_off: true, dtype: bfloat16}"], ["dtype says nothing"]),
         (["data.teacher_system=x", "teacher=null", "method={name: sft}"], ["there is no teacher"]),
         (["data.teacher_system=x", "method.name=minillm"], ["set method.teacher_mix=0"]),
+        (["method.name=minillm", "generation.temperature=0"], ["must be above 0 for minillm"]),
         (["teacher={adapter_off: true}"], ["teacher.adapter_off needs student.lora"]),
         (["teacher={adapter_off: true, path: x}"], ["give path or adapter_off, not both"]),
         (["student={layers: 2, lora: {merge: false}}"], ["lora.merge=false needs a base that others can load"]),

@@ -95,7 +95,9 @@ def told(page: str, argument: str, found: dict[str, str], url: str) -> str:
 def run_command(page: str, line: str, found: dict[str, str], url: str) -> None:
     """Run one line of a page in this folder; what it prints may name something that a later line needs."""
     program, *words = [told(page, word, found, url) for word in shlex.split(line, comments=True)]
-    words = [str(path) for word in words for path in (sorted(Path().glob(word)) if word.endswith(("*", "*/")) else [word])]
+    words = [
+        str(path) for word in words for path in (sorted(Path().glob(word)) if word.endswith(("*", "*/")) else [word])
+    ]
     if "train" in words or words[0] in ("sweep", "check") or words[:2] == ["cache", "warm"]:
         given = {word.partition("=")[0] for word in words}
         words = [re.sub(r"^seed=(\d+),.*", r"seed=\1", word) for word in words]  # one of several seeds

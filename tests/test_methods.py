@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from distillm import policy_gradient as policy_gradient_module
 from distillm.divergences import DIVERGENCES, Bucketed
 from distillm.generation import Mixture, Sampling, generate
 from distillm.losses import distill
@@ -311,6 +313,16 @@ def test_ratios_that_leave_the_range_of_float32_give_no_nan(importance: Any, dra
     value = total_of(loss, pair, example)
     assert not value.isnan()
     assert not any(g.isnan().any() for g in gradients(value, pair)) or not value.isfinite()
+
+
+def test_the_ratio_of_a_long_response_stays_within_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 400
+    log_q, sequence = torch.full((count,), -1.0), torch.zeros(count, dtype=torch.long)
+    scored: Any = SimpleNamespace(log_probs=log_q - 0.35, sequence=sequence, labels=sequence, figures={})
+    monkeypatch.setattr(policy_gradient_module, "response_log_probs", lambda _: (log_q - 0.5, log_q))
+    found = policy_gradient_module.weigh(scored, "product", length_normalization=True, clip=0.2)
+    for values in (found.single, found.long, found.value):
+        assert values.isfinite().all()
 
 
 def test_kept_log_probabilities_are_those_of_the_decoding_that_was_used() -> None:

@@ -165,6 +165,24 @@ def test_a_student_that_reads_no_teacher_needs_none(made: Path, tmp_path: Path):
     assert {entry["teacher"] for entry in lines(folder / "samples.jsonl")} == {None}
 
 
+def test_the_time_until_a_checkpoint_is_told_with_it(made: Path, tmp_path: Path) -> None:
+    changes = {"validation.every": 1, "checkpoint.every": 4, "optim.lr": 1e-3, "checkpoint.keep": 9}
+    folder = distill(tiny_run(made, tmp_path / "run", changes))
+    best = [e["step"] for e in lines(folder / "metrics.jsonl", "event") if e["event"] == "best"]
+    assert set(best) - {4, 8}
+    assert {e["step"] for e in lines(folder / "metrics.jsonl", "time")} >= {*best, 4, 8}
+
+
+def test_another_trigger_does_not_read_the_figures_of_the_one_before(made: Path, tmp_path: Path) -> None:
+    method = {"name": "distillm", "initial_probability": 0.3, "tolerance": 0.0, "reference": "best"}
+    changes: dict[str, Any] = {"validation.every": 1, "method": method | {"trigger": "rouge_l"}, "train.steps": 4}
+    distill(tiny_run(made, tmp_path / "run", changes))
+    # All figures are above 0 now and were below: each would be worse than the best before.
+    changes |= {"method": method | {"trigger": "validation_loss"}, "train.steps": 8, "resume": "auto"}
+    folder = distill(tiny_run(made, tmp_path / "run", changes))
+    assert lines(folder / "metrics.jsonl", "step")[4]["probability"] == pytest.approx(0.3)
+
+
 @pytest.mark.parametrize("select", ["cross_entropy", "divergence", "rouge_l"])
 def test_the_student_that_is_saved_is_the_best_by_the_chosen_figure(made: Path, tmp_path: Path, select: str):
     changes = {"validation.select": select, "validation.every": 1, "optim.lr": 1.0, "checkpoint.keep": 1}

@@ -120,6 +120,25 @@ def test_two_processes_make_the_run_of_one(both: dict[str, tuple[Path, Path]], n
     assert_same_as_one(*both[name])
 
 
+def test_weights_without_a_gradient_hold_nobody_up(tmp_path: Path) -> None:
+    made = materials(tmp_path, "marian")  # whose positions are computed once and for all
+    changes = {"method": METHODS["kd"], "data.text": None, "student.dropout": 0.0, "train.micro_batch_size": 1}
+    run_together(tmp_path, [settings(made, tmp_path / "two", changes)])
+    mine, theirs = figures(distill(make_run(settings(made, tmp_path / "one", changes)))), figures(tmp_path / "two")
+    assert len(mine) == len(theirs) > 8
+    for left, right in zip(mine, theirs, strict=True):
+        assert_near(left, right, 1e-4)  # not the weights: a key's bias has rounding for a gradient
+
+
+def test_none_reads_what_another_is_about_to_delete(made: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"method": {"name": "seqkd"}, "train.steps": 2, "data.text": None}
+    run_together(tmp_path, [settings(made, tmp_path / "run", changes)])
+    before = lines(tmp_path / "run" / "responses.jsonl")
+    again = changes | {"generation.max_new_tokens": 3, "overwrite": True}  # so that the old responses are refused
+    run_together(tmp_path, [settings(made, tmp_path / "run", again)])
+    assert len(lines(tmp_path / "run" / "responses.jsonl")) == len(before)
+
+
 def test_the_capacity_is_the_runs_or_each_process_has_its_own(made: Path, tmp_path: Path) -> None:
     changes = {"method": METHODS["distillm"] | {"capacity_per_process": True}, "train.steps": 8}
     run_together(tmp_path, [settings(made, tmp_path / "run", changes | {"method.initial_probability": 1.0})])

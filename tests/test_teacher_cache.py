@@ -28,7 +28,7 @@ from distillm.teacher_cache import Disk, Memory, Store, TeacherCache, entries, t
 from distillm.types import Example, State
 from rows import row, teacher_of, text_row, tiny_pair, tokens
 from tiny import tiny_causal
-from tiny_run import lines, materials, settings, tiny_run, weights
+from tiny_run import lines, materials, rows, settings, tiny_run, weights, write_rows
 
 STATE = State()
 ROWS = [
@@ -423,6 +423,13 @@ def test_auto_says_in_one_line_where_states_are_kept(tmp_path: Path, monkeypatch
     cache, _ = chosen(**{"method": {"name": "kd"}, "train.steps": 3})
     assert len(cache.once) == 3 + 12  # and the rows of the only epoch
     assert cache.replayed is None
+    (tmp_path / "other").mkdir()
+    named = write_rows(tmp_path / "other" / "train.jsonl", rows(3, 40))  # whose ids are those of training rows
+    cache, _ = chosen(**{"data.test": {"numbers": str(named)}})
+    assert not cache.once
+    free = caching.memory_for_states()
+    monkeypatch.setattr(caching, "count_here", lambda: 8)
+    assert caching.memory_for_states() < free / 4
     cache, _ = chosen(**{"teacher.cache": "off"})
     assert cache is None
     monkeypatch.setattr(caching, "MEMORY_SHARE", 0.0)

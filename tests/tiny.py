@@ -81,6 +81,13 @@ _KINDS: dict[str, dict[str, Any]] = {
     "llama": _ROTARY,
     "qwen2": _ROTARY,
     "gemma2": {**_ROTARY, "head_dim": 8, "final_logit_softcapping": 0.5, "query_pre_attn_scalar": 8},
+    "qwen3_moe": {
+        **_ROTARY,
+        "head_dim": 8,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "cohere": {**_ROTARY, "logit_scale": 0.0625},
     "granite": {**_ROTARY, "logits_scaling": 8.0},
     "gpt2": {"n_embd": 32, "n_head": 4, "n_positions": 256},

@@ -1,5 +1,6 @@
 """Where a run's time goes, and what it computes for it: seconds by part, and floating-point operations."""
 
+import math
 import sys
 import time
 from collections.abc import Generator, Iterable
@@ -21,8 +22,8 @@ class Account:
 
     On a GPU a part begins and ends at a mark in its stream, and the marks are read by ``settle``: nothing waits for
     the device before. What belongs to no part is "other". Operations are those of the matrix products that the rows
-    need: forward twice a weight and token, backward twice that, heads at target tokens alone; neither padding nor
-    attention's own products count.
+    need: forward twice a weight and token, backward twice that (a frozen weight's half), heads at target tokens alone;
+    neither padding nor attention's own products count.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -125,35 +126,48 @@ def computed(model: nn.Module, *, tokens: Iterable[tuple[int, int]], logits: int
     account = _ACCOUNT.get()
     if account is None:
         return
-    of_prompt, of_response, of_logit = _weights(model)
-    products = of_logit * logits + sum(of_prompt * prompt + of_response * response for prompt, response in tokens)
-    account.flops += (6 if trained else 2) * products
+    of_prompt, of_response, of_logit = _operations(model, trained)
+    account.flops += of_logit * logits + sum(of_prompt * prompt + of_response * response for prompt, response in tokens)
 
 
-_WEIGHTS: WeakKeyDictionary[Any, tuple[int, int, int]] = WeakKeyDictionary()
+_OPERATIONS: WeakKeyDictionary[Any, dict[bool, tuple[int, int, int]]] = WeakKeyDictionary()
 
 
-def _weights(model: Any) -> tuple[int, int, int]:
-    """Weights that meet a token of the prompt, one of the response, and a row of logits."""
-    if model in _WEIGHTS:
-        return _WEIGHTS[model]
+def _operations(model: Any, trained: bool) -> tuple[int, int, int]:
+    """For a token of the prompt, one of the response, and a row of logits; with the backward pass where ``trained``."""
+    known = _OPERATIONS.setdefault(model, {})
+    if trained in known:
+        return known[trained]
+    experts = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", None)
+
+    def operations(weights: Iterable[Any]) -> int:
+        # Forward two a weight, in the backward pass two for what it was fed, and two for itself where it is trained.
+        return sum(_met(w, experts) * (2 if not trained else 6 if w.requires_grad else 4) for w in weights)
+
     output = model.get_output_embeddings()
-
     of_encoder = of_others = 0
     for name, module in model.named_modules():
         if module is output or isinstance(module, nn.Embedding):
             continue
-        count = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 2)
+        count = operations(module.parameters(recurse=False))
         if "encoder" in name.split("."):
             of_encoder += count
         else:
             of_others += count
-    of_logit = 0 if output is None else output.weight.numel()
+    of_logit = 0 if output is None else operations([output.weight])
     if not model.config.is_encoder_decoder:  # BERT-like causal models have their layers in an "encoder" too
         of_encoder = of_others = of_encoder + of_others
-    found = of_encoder, of_others, of_logit
-    _WEIGHTS[model] = found
-    return found
+    known[trained] = of_encoder, of_others, of_logit
+    return known[trained]
+
+
+def _met(weight: Any, experts: int | None) -> int:
+    """How many numbers of a matrix meet a token: of several experts' matrices, so many experts'."""
+    packed = getattr(weight, "quant_state", None)  # 4 bits: two to a byte
+    shape = weight.shape if packed is None else packed.shape
+    if len(shape) == 3 and experts is not None:
+        return min(experts, shape[0]) * shape[1] * shape[2]
+    return math.prod(shape) if len(shape) == 2 else 0
 
 
 def peak_bytes(device: torch.device) -> int | None:

@@ -19,6 +19,7 @@ from .method_settings import Distillation, Distillm2, MiniLlm
 from .methods import Method
 from .model_settings import Teacher
 from .paths import nearest_folder
+from .processes import by_first, count_here
 from .scoring import Pair
 from .served_teacher import ServedTeacher
 from .teacher_cache import Disk, Memory, TeacherCache
@@ -58,10 +59,10 @@ def make_cache(
             )
         return None
     need = states_needed(run, models, method, train=train, validation=validation, tests=tests, steps=steps)
-    memory = int(MEMORY_SHARE * psutil.virtual_memory().available)
+    memory = memory_for_states()
     kind, room = given.cache, f"{size(need.lasting + need.replayed)} of hidden states at most"
     if kind == "auto":
-        kind = cache_kind(given, need)
+        kind = by_first(lambda: cache_kind(given, need))  # all do the same, however much memory each one has
         where = {
             "memory": "in memory",
             "disk": f"in {given.folder}",
@@ -73,7 +74,9 @@ def make_cache(
     # Chosen by auto, states are for this run; whoever asks for a place by name may mean another run.
     once = [*([] if isinstance(teacher, ServedTeacher) else tests)]
     once += train if kind == "memory" and not need.again else []
-    passing = once if given.cache == "auto" else []
+    passing = {example.id for example in once} if given.cache == "auto" else set[str]()
+    # An id is of a file's name, and files of two sets may have one name.
+    passing -= {example.id for example in [*validation, *(train if need.again else [])]}
     store, name = Memory(memory), "of this run"
     if kind == "disk":
         name = teacher_name(models, given)
@@ -86,7 +89,7 @@ def make_cache(
         # Twice what a buffer of the longest responses takes: states of responses that have left it are of no use.
         Memory(min(memory, 2 * need.replayed)) if need.replayed else None,
         given.cache_batch_size or _portion(models),
-        frozenset(example.id for example in passing),
+        frozenset(passing),
     )
 
 
@@ -180,11 +183,16 @@ def cache_kind(given: Teacher, need: Need) -> Literal["memory", "disk", "off"]:
     """Where states are kept: where it was asked for, or where there is room for them."""
     if given.cache != "auto":
         return given.cache
-    if need.lasting + need.replayed <= MEMORY_SHARE * psutil.virtual_memory().available:
+    if need.lasting + need.replayed <= memory_for_states():
         return "memory"
     if need.lasting <= min(given.cache_gib * 2**30, shutil.disk_usage(nearest_folder(given.folder)).free / 2):
         return "disk"
     return "off"
+
+
+def memory_for_states() -> int:
+    """Bytes that this process may hold: its part of the machine's, as each of several reads other rows each epoch."""
+    return int(MEMORY_SHARE * psutil.virtual_memory().available / count_here())
 
 
 def _on_policy(run: Run) -> bool:

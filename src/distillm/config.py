@@ -235,6 +235,11 @@ class Run(Section):
                 f"method.capacity ({method.capacity}) must be at least train.batch_size "
                 f"({self.train.batch_size}): a student step draws a whole batch from the replay buffer"
             )
+        if isinstance(method, MiniLlm) and self.generation.temperature == 0:
+            raise ValueError(
+                "generation.temperature must be above 0 for minillm: its gradient is an expectation over responses "
+                "that are drawn"
+            )
         return self
 
     @model_validator(mode="after")

@@ -66,12 +66,16 @@ class RunFolder:
             raise StorageError(f"{said}\nNo whole checkpoint is left: the same command begins the run anew.")
         return found, damaged, occupied and not resume
 
-    @first_alone
     def clear(self) -> None:
-        """Delete the run that is to be overwritten: only once the new one has been found fit to start."""
-        if not self.condemned:
-            return
-        self.condemned = False
+        """Delete the run that is to be overwritten: only once the new one has been found fit to start.
+
+        All processes wait for it, so that none reads what is to go.
+        """
+        if self.condemned:
+            by_first(self._clear)
+            self.condemned = False
+
+    def _clear(self) -> None:
         with _changing(self.path):
             for checkpoint in list_checkpoints(self.checkpoints):
                 remove(checkpoint)

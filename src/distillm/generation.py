@@ -148,7 +148,7 @@ class _Choose:
         keep: bool,
     ):
         self.sampling, self.draws, self.num_tokens, self.begin = sampling, draws, num_tokens, begin
-        self.never = [] if never is None else [never]
+        self.never = None if never is None else torch.tensor([never], device=draws.device)
         self.ends = torch.tensor(list(end_ids), dtype=torch.long, device=draws.device)
         self.stop = next(iter(end_ids), 0)
         self.bad = torch.full((len(draws),), sampling.max_new_tokens, device=draws.device)
@@ -160,8 +160,8 @@ class _Choose:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = input_ids.shape[1] - self.begin
         logits = scores[:, : self.num_tokens].float()  # the padding of the vocabulary is never sampled
-        if self.never:
-            logits = logits.index_fill(1, torch.tensor(self.never, device=logits.device), -torch.inf)
+        if self.never is not None:
+            logits = logits.index_fill(1, self.never, -torch.inf)
         if self.sampling.temperature == 0:
             chosen = logits.argmax(-1)
         else:

@@ -34,6 +34,10 @@ class HeadReader:
     scale: float = 1.0
     softcap: float | None = None
     packed: bool = False
+    copies: dict[torch.device, tuple[Tensor, Tensor | None]] = field(
+        default_factory=dict[torch.device, tuple[Tensor, Tensor | None]], repr=False, compare=False
+    )
+    """Of a frozen unembedding that lies elsewhere than it is wanted."""
 
     @property
     def fused(self) -> bool:
@@ -56,17 +60,26 @@ class HeadReader:
             _forward(model, batch.inputs)
         if len(hidden) != 1:
             raise ModelError("this head reader was made for another model: call head_of on the model that is read")
-        return self.head(hidden[0][targets])
+        fed = hidden[0]  # where the last layer is, which may be another device
+        return self.head(fed[targets.to(fed.device)].to(targets.device))
 
     def head(self, hidden: Tensor) -> Head:
         """The head of what the unembedding is fed, ``[N, d]``, now or at an earlier time; for a fused reader alone."""
         assert self.unembedding is not None
-        bias: Any = self.unembedding.bias
-        extra = getattr(self.model, "final_logits_bias", None)
-        if extra is not None:
-            extra = extra.flatten()
-            bias = extra if bias is None else bias + extra
-        return Head(hidden, self.unembedding.weight, bias, self.scale, self.softcap)
+        if self.unembedding.weight.device == hidden.device:
+            weight, bias = self._weights(hidden.device)
+        elif hidden.device in self.copies:
+            weight, bias = self.copies[hidden.device]
+        else:
+            with align_module_device(self.unembedding), torch.no_grad():  # which may wait on disk
+                self.copies[hidden.device] = weight, bias = self._weights(hidden.device, copy=True)
+        return Head(hidden, weight, bias, self.scale, self.softcap)
+
+    def _weights(self, device: torch.device, *, copy: bool = False) -> tuple[Tensor, Tensor | None]:
+        assert self.unembedding is not None
+        biases = [self.unembedding.bias, getattr(self.model, "final_logits_bias", None)]
+        there = [bias.flatten().to(device, copy=copy) for bias in biases if bias is not None]
+        return self.unembedding.weight.to(device, copy=copy), sum(there[1:], there[0]) if there else None
 
 
 def head_of(model: Any) -> HeadReader:
@@ -194,7 +207,9 @@ def _observations(model: Any, unembedding: nn.Linear) -> list[tuple[Tensor, Tens
         if len(fed) != 1 or fed[0].shape[:-1] != ids.shape or logits.shape != (*ids.shape, unembedding.weight.shape[0]):
             return []
         pairs.append((fed[0].flatten(0, 1), logits.flatten(0, 1)))
-        largest = F.linear(fed[0], unembedding.weight).abs().max().item()
+        with align_module_device(unembedding):
+            weight = unembedding.weight
+            largest = F.linear(fed[0].to(weight.device), weight).abs().max().item()
         boost = 50 / largest if largest > 0 else 1.0
     return pairs
 
@@ -211,7 +226,7 @@ def _reproduces(reader: HeadReader, hidden: Tensor, logits: Tensor) -> bool:
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
     tolerance = max(1e-4, 4 * torch.finfo(head.weight.dtype).eps, 4 * torch.finfo(logits.dtype).eps)
-    return bool((z - logits.to(device)).abs().max() <= tolerance * logits.abs().max())
+    return float((z - logits.to(device)).abs().max()) <= tolerance * float(logits.abs().max())
 
 
 def _forward(model: Any, inputs: dict[str, Tensor]) -> Any:

@@ -164,7 +164,7 @@ def _load_student(
         enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if given.lora is None:
-        return student.requires_grad_(True)
+        return student.requires_grad_(True)  # layers of a frozen teacher too
     path = given.path or ""
     if not given.lora.merge and (given.gguf_file or path.endswith(".gguf") or base_of(Path(path)) is not None):
         raise ConfigError(
@@ -177,7 +177,10 @@ def _load_student(
 def _check_vocabularies(sizes: dict[str, int], num_tokens: int, note: Note) -> None:
     for name, size in sizes.items():
         if size < num_tokens:
-            raise ModelError(f"the {name} has {size} embeddings, fewer than the {num_tokens} tokens of its tokenizer")
+            raise ModelError(
+                f"the {name} has {size} embeddings, fewer than the {num_tokens} tokens of its tokenizer: use the "
+                "tokenizer it was made with, or give a model built from a config at least that vocab_size"
+            )
     if "teacher" in sizes:
         said = padded_note(sizes["student"], sizes["teacher"], num_tokens)
         if said:
@@ -238,7 +241,16 @@ def _together(run: Run, student: PreTrainedModel, accelerator: Accelerator, note
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     # Buffers are constants here, and processes do not run their models equally often.
     options: dict[str, Any] = {buffers: False, "gradient_as_bucket_view": True}
+    options["find_unused_parameters"] = _leaves_out(student)
     return DistributedDataParallel(student, devices, **options)
+
+
+def _leaves_out(student: PreTrainedModel) -> bool:
+    """Whether a step may leave some weights without a gradient: layers that are dropped at random, positions that are
+    computed once and for all."""
+    drops = [value for name, value in student.config.to_dict().items() if name.endswith("layerdrop")]
+    fixed = any("SinusoidalPositional" in type(module).__name__ for module in student.modules())
+    return fixed or any(drops)
 
 
 def _tokenizer(given: Any, other: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

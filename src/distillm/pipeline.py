@@ -25,7 +25,7 @@ from .evaluation.run import decode, seeds_used
 from .folder import RunFolder
 from .kept_teacher import KeptTeacher
 from .processes import anyone, by_first, count, dealt, first_alone, out_of_touch, writes
-from .project import Project, Stop, build, save_student, training, unless_stopped, validated
+from .project import Project, Stop, build, save_student, training, trigger_of, unless_stopped, validated
 from .provenance import provenance
 from .report import write_report
 from .report.read import mapping
@@ -165,7 +165,6 @@ def _train(project: Project) -> None:
             save, stopping = run.checkpoint.every, anyone(project.stop.is_set())
             if step.step == total or (step.step % save == 0 if save else due) or stopping:
                 _save(project)
-                _log_time(project)
             if stopping and step.step < total:
                 _event(project, "interrupted", f"stopped by {signal.Signals(project.stop.by).name}")
                 raise project.stop.error(
@@ -281,12 +280,14 @@ def _save(project: Project) -> None:
         "first": project.first,
         "best": project.best,
         "select": project.run.validation.select,
+        "trigger": trigger_of(project.run),
         "teacher_texts": project.teacher_texts,
     }
     student, optimizer = project.models.student, project.optimizer
     with part("saving"):
         save_checkpoint(project.folder.checkpoints, student, optimizer, project.state, project.buffer, extra)
     project.checkpointed = project.state.step
+    _log_time(project)  # a kill loses what came since
     _retain(project)
 
 
@@ -306,6 +307,9 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
     project.first = extra["first"] if comparable else None
     if not comparable:
         project.folder.forget_eval(system="student")  # of a student that was chosen by another figure
+    if extra.get("trigger", trigger_of(project.run)) != trigger_of(project.run):
+        project.state.validation.clear()  # one's figures are no reference for another's
+        project.display.note("method.trigger is another one now: the adaptive probability begins anew")
     project.teacher_texts = extra["teacher_texts"]
     project.checkpointed = step_of(checkpoint)
     _retain(project)  # the kill may have come between a checkpoint and this

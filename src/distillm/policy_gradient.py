@@ -63,7 +63,7 @@ def weigh(scored: Scored, importance: Importance, length_normalization: bool, cl
     rewards, log_ratio = log_p - log_q, log_q - drawn
     ratio = log_ratio.exp()
     if importance == "product":
-        upto = _sums_so_far(log_ratio, scored.sequence)
+        upto = _sums_so_far(log_ratio, scored.sequence).clamp(max=60)  # whose exponential float32 can add up
         # A reward is reached by the tokens up to its own; the choice at t by those before t.
         reached, returns = (upto - log_ratio).exp(), _sums_after(upto.exp() * rewards, scored.sequence)
     else:

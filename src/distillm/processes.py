@@ -4,6 +4,7 @@ All of them do the same work on the same rows, in the same order, and call what 
 shared, each takes its part (``share``) and all get the whole (``together``).
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import zip_longest
@@ -25,6 +26,11 @@ def rank() -> int:
 def count() -> int:
     """How many processes there are."""
     return distributed.get_world_size() if _several() else 1
+
+
+def count_here() -> int:
+    """How many of them are on this machine, as their launcher says."""
+    return min(count(), int(os.environ.get("LOCAL_WORLD_SIZE", count())))
 
 
 def writes() -> bool:

@@ -226,8 +226,7 @@ def validated(project: Project) -> dict[str, float]:
             f"step {state.step}: the divergence to the teacher on the validation rows is nan, although the student's "
             "cross-entropy is finite.\nThe teacher's weights are damaged, or its type does not hold what it computes."
         )
-    trigger = run.method.trigger if isinstance(run.method, Distillation) else "validation_loss"
-    if "rouge_l" in (run.validation.select, trigger):
+    if "rouge_l" in (run.validation.select, trigger_of(run)):
         rows = examples[: run.validation.rouge_rows]
         texts = answers(run, models, models.student, rows)
         scores = rouge_l(texts, [project.validation.references[e.id] for e in rows])
@@ -237,9 +236,14 @@ def validated(project: Project) -> dict[str, float]:
         "validation_loss": figures["cross_entropy"],
         "validation_divergence": figures.get("divergence", math.nan),
         "rouge_l": -figures.get("rouge_l", math.nan),
-    }[trigger]
+    }[trigger_of(run)]
     state.validation.append(monitored)
     return figures | {"monitored": monitored}
+
+
+def trigger_of(run: Run) -> str:
+    """What validations are monitored by."""
+    return run.method.trigger if isinstance(run.method, Distillation) else "validation_loss"
 
 
 def training(project: Project) -> Iterator[Step]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -64,7 +63,6 @@ class LocalTeacher:
     def __init__(self, model: Any, reader: HeadReader, layout: Layout, device: torch.device):
         self.model, self.reader, self.layout = model, reader, layout
         self.device = torch.empty(0, device=device).device  # with its number, as weights have it
-        self._copied: list[Tensor | None] | None = None
 
     @property
     def keeps(self) -> bool:
@@ -90,19 +88,11 @@ class LocalTeacher:
 
     def head(self, states: Tensor) -> Head:
         """As in ``Teacher``."""
-        unembedding = self.reader.unembedding
-        if unembedding is None:
+        if self.reader.unembedding is None:
             return Head(states, None)
         if isinstance(self.model, FSDPModule):
             self.model.unshard()  # the part with the unembedding, which stays so: nothing trains it
-        head = self.reader.head(states)
-        if head.weight is not None and head.weight.device != self.device:
-            if self._copied is None:
-                with align_module_device(unembedding):  # which may wait on disk
-                    weight, bias = self.reader.head(states)[1:3]
-                    self._copied = [x if x is None else x.to(self.device, copy=True) for x in (weight, bias)]
-            head = head._replace(weight=self._copied[0], bias=self._copied[1])
-        return head
+        return self.reader.head(states.to(self.device))
 
     def lend(self) -> None:
         """As in ``Teacher``."""

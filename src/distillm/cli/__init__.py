@@ -26,7 +26,8 @@ from .watch import watch
 EXIT_CODES = """
 Exit codes: 0 done · 1 a defect of distillm (with a traceback; please report it) · 2 a setting, file or model cannot be
 used · 3 training diverged, or runs of a sweep failed · 4 a file could not be written or read back · 5 a server no
-longer answers, or judging is incomplete · 6 another process of the run ended or hangs · 130 stopped by Ctrl-C · 143 stopped by SIGTERM.
+longer answers, or judging is incomplete · 6 another process of the run ended or hangs · 130 stopped by Ctrl-C · 143
+stopped by SIGTERM.
 """
 
 app = typer.Typer(

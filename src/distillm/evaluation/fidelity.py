@@ -72,10 +72,9 @@ def calibration_error(bins: Tensor) -> float:
 
 def _binned(confidence: Tensor, right: Tensor) -> Tensor:
     """Bin b of B holds the probabilities in ``(b / B, (b + 1) / B]``."""
-    place = ((confidence.double() * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)
-    columns = torch.stack([torch.ones_like(confidence), confidence, right]).double()
-    bins = torch.zeros(3, NUM_BINS, dtype=torch.float64, device=confidence.device)
-    return bins.index_add_(1, place, columns).cpu()
+    columns = torch.stack([torch.ones_like(confidence), confidence, right]).cpu().double()  # which MPS does not have
+    place = ((columns[1] * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)
+    return torch.zeros(3, NUM_BINS, dtype=torch.float64).index_add_(1, place, columns)
 
 
 def known_part(name: str, teacher: Head) -> Divergence:
@@ -96,4 +95,4 @@ def log_probs(head: Head, rows: slice) -> Tensor:
 
 
 def _sum(values: Tensor) -> float:
-    return float(values.sum(dtype=torch.float64))
+    return float(values.cpu().sum(dtype=torch.float64))  # which MPS does not have
