@@ -93,6 +93,10 @@ def sections(study: Study, kept: dict[str, Result], into: Path) -> list[str]:
                 "",
                 f"![error of an estimate by skew]({name}-errors.svg)",
                 "",
+                *_errors_table(errors),
+                "",
+                "The paper's bound has its least near a skew of 0.1; in bold is where these errors have theirs.",
+                "",
                 f"**The gradient of a batch**, for several skews: mean and variance of its norm over {batches} "
                 "batches, at the weights of each checkpoint of the run; no step is made. The coefficient of SKL has "
                 "the factor 1 - a: divide by it to compare.",
@@ -103,6 +107,18 @@ def sections(study: Study, kept: dict[str, Result], into: Path) -> list[str]:
                 "",
             ]
     return lines
+
+
+def _errors_table(errors: list[dict[str, Any]]) -> list[str]:
+    by_skew: dict[tuple[str, int], dict[float, float]] = {}
+    for row in errors:
+        by_skew.setdefault((row["divergence"], row["samples"]), {})[row["alpha"]] = row["normalized"]
+    rows: list[list[str]] = []
+    for skew in dict.fromkeys(row["alpha"] for row in errors):
+        values = [(f"{found[skew]:.3g}", found[skew] == min(found.values())) for found in by_skew.values()]
+        rows.append([f"{skew:g}", *(f"**{text}**" if least else text for text, least in values)])
+    header = ["skew", *(f"{name.replace('_', ' ')}, {samples} draws" for name, samples in by_skew)]
+    return table(header, rows)
 
 
 def _last_coefficients(rows: list[dict[str, float]]) -> list[str]:
