@@ -39,10 +39,11 @@ def test_the_yaml_of_the_readme_is_valid() -> None:
 
 def test_the_readme_names_files_that_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (tree,) = re.findall(r"    src/distillm/\n((?:      .*\n)+)", text)
-    named = [name for line in tree.splitlines() for name in re.findall(r"\b[a-z_]+(?:\.py|/)(?=\s)", line)]
-    assert len(named) > 15
-    assert [name for name in named if not (ROOT / "src" / "distillm" / name).exists()] == []
+    modules, documents = re.findall(r"`([a-z_]+\.py)`", text), re.findall(r"\b((?:docs/)[\w/-]+\.md)\b", text)
+    assert len(modules) > 5
+    assert len(documents) > 8
+    paths = [*(ROOT / "src" / "distillm" / name for name in modules), *(ROOT / name for name in documents)]
+    assert [path for path in paths if not path.is_file()] == []
 
 
 def test_the_example_of_a_divergence_of_ones_own(

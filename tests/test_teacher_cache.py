@@ -24,7 +24,7 @@ from distillm.kernels import logits
 from distillm.models import fingerprint
 from distillm.pipeline import distill
 from distillm.scoring import Pair
-from distillm.teacher_cache import Disk, Memory, Store, TeacherCache, entries, teachers
+from distillm.teacher_cache import Disk, Memory, Store, TeacherCache, content, entries, teachers
 from distillm.types import Example, State
 from rows import row, teacher_of, text_row, tiny_pair, tokens
 from tiny import tiny_causal
@@ -181,7 +181,7 @@ def test_a_row_that_comes_twice_is_read_once_and_rows_read_but_once_are_not_kept
         parts.append([r.id for r in rows])
         return states_of(rows)
 
-    cache = TeacherCache("one", store, None, 2, once=frozenset({"row:8", "row:9"}))
+    cache = TeacherCache("one", store, None, 2, once=frozenset(content(row(i)) for i in (8, 9)))
     rows = [row(i) for i in (0, 1, 0, 2, 8, 9)] + [row(3, origin="student")]
     found = cache.states(rows, saying(read))
     assert parts == [["row:0", "row:1"], ["row:2"], ["row:8", "row:9", "row:3"]]
@@ -407,13 +407,13 @@ def test_auto_says_in_one_line_where_states_are_kept(tmp_path: Path, monkeypatch
     from distillm.project import build
     from test_resume import Heard
 
-    made = materials(tmp_path)
+    made, built = materials(tmp_path), list[Any]()
 
     def chosen(**changes: Any) -> tuple[Any, list[str]]:
         display = Heard()
         run = tiny_run(made, tmp_path / "run", {"teacher.cache_folder": str(tmp_path / "cache"), **changes})
-        cache = build(run, display).models.pair.cache
-        return cache, [text for text in display.said if "teacher cache" in text]
+        built.append(build(run, display))
+        return built[-1].models.pair.cache, [text for text in display.said if "teacher cache" in text]
 
     cache, said = chosen()
     assert isinstance(cache.lasting, Memory)
@@ -426,7 +426,10 @@ def test_auto_says_in_one_line_where_states_are_kept(tmp_path: Path, monkeypatch
     (tmp_path / "other").mkdir()
     named = write_rows(tmp_path / "other" / "train.jsonl", rows(3, 40))  # whose ids are those of training rows
     cache, _ = chosen(**{"data.test": {"numbers": str(named)}})
-    assert not cache.once
+    assert len(cache.once) == 3
+    with_ids = [e for e in built[-1].train.examples if e.id in ("train:0", "train:1", "train:2")]
+    assert len(with_ids) == 3
+    assert not any(content(e) in cache.once for e in with_ids)
     free = caching.memory_for_states()
     monkeypatch.setattr(caching, "count_here", lambda: 8)
     assert caching.memory_for_states() < free / 4

@@ -22,7 +22,7 @@ from .paths import nearest_folder
 from .processes import by_first, count_here
 from .scoring import Pair
 from .served_teacher import ServedTeacher
-from .teacher_cache import Disk, Memory, TeacherCache
+from .teacher_cache import Disk, Memory, TeacherCache, content
 from .types import Example
 
 MEMORY_SHARE = 0.25
@@ -74,9 +74,7 @@ def make_cache(
     # Chosen by auto, states are for this run; whoever asks for a place by name may mean another run.
     once = [*([] if isinstance(teacher, ServedTeacher) else tests)]
     once += train if kind == "memory" and not need.again else []
-    passing = {example.id for example in once} if given.cache == "auto" else set[str]()
-    # An id is of a file's name, and files of two sets may have one name.
-    passing -= {example.id for example in [*validation, *(train if need.again else [])]}
+    passing = once if given.cache == "auto" else []
     store, name = Memory(memory), "of this run"
     if kind == "disk":
         name = teacher_name(models, given)
@@ -89,7 +87,7 @@ def make_cache(
         # Twice what a buffer of the longest responses takes: states of responses that have left it are of no use.
         Memory(min(memory, 2 * need.replayed)) if need.replayed else None,
         given.cache_batch_size or _portion(models),
-        frozenset(passing),
+        frozenset(content(example) for example in passing),
     )
 
 

@@ -93,7 +93,7 @@ def head_of(model: Any) -> HeadReader:
         return _own_logits(model, f"its output layer is {type(unembedding).__name__}, not a plain linear one")
     with torch.no_grad(), eval_mode(model):
         seen = _observations(model, unembedding)
-    with align_module_device(unembedding):
+    with torch.no_grad(), align_module_device(unembedding):
         for scale in _scales(model.config):
             for softcap in _softcaps(model.config):
                 reader = HeadReader(model, unembedding, scale, softcap)

@@ -238,15 +238,15 @@ class TeacherCache:
 
     ``teacher`` names the weights and all else that its states depend on. Rows are read ``batch_size`` at a time: with 1
     the states of a row do not depend on the rows beside it, not even in their last bit. ``lasting`` keeps those of the
-    data's and the teacher's responses, ``replayed`` those of the student's; None keeps none. ``once`` are the ids of
-    rows that are read but once, and so not kept.
+    data's and the teacher's responses, ``replayed`` those of the student's; None keeps none. ``once`` holds the
+    ``content`` of rows that are read but once, and so not kept.
     """
 
     teacher: str
     lasting: Store | None
     replayed: Store | None
     batch_size: int = 1
-    once: frozenset[str] = frozenset()
+    once: frozenset[bytes] = frozenset()
 
     def states(self, rows: Sequence[Example], teacher: Teacher) -> list[Tensor]:
         """The states of each row; ``teacher`` reads those that are not kept."""
@@ -279,13 +279,18 @@ class TeacherCache:
     def _store(self, row: Example) -> Store | None:
         if row.origin == "student":
             return self.replayed
-        return None if row.id in self.once else self.lasting
+        return None if self.once and content(row) in self.once else self.lasting
 
     def _key(self, row: Example) -> str:
         row = as_teacher_reads(row)
         digest = hashlib.sha256(f"{self.teacher}/{_precision()}/{len(row.tokens)}/".encode())
         digest.update(array("q", row.tokens).tobytes() + bytes(row.targets))
         return digest.hexdigest()
+
+
+def content(row: Example) -> bytes:
+    """What tells rows apart: files of two data sets may have one name, and their rows the same ids."""
+    return hashlib.sha256(row.id.encode() + array("q", row.tokens).tobytes()).digest()
 
 
 def _precision() -> str:
