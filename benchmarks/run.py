@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +113,15 @@ def trainers(project: Project, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def trained(trainer_class: Any, config: Any, columns: dict[str, Any], project: Project) -> int:
+def trained(
+    trainer_class: Any, config: Any, columns: dict[str, Any], project: Project, callbacks: Sequence[Any] = ()
+) -> int:
     from datasets import Dataset
 
     models = project.models
     trainer = trainer_class(
         model=models.student, teacher_model=models.teacher, args=config, processing_class=models.tokenizer,
-        train_dataset=Dataset.from_dict(columns),
+        train_dataset=Dataset.from_dict(columns), callbacks=list(callbacks),
     )  # fmt: skip
     trainer.train()
     return trainer.state.global_step
