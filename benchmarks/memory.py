@@ -117,9 +117,7 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
         if "why" in result:
             table.add_row(name, "failed")
         else:
-            table.add_row(
-                name, f"{result['peak'] / 2**20:.0f}", f"{result['tokens']:.0f}", f"{result['seconds']:.2f}"
-            )
+            table.add_row(name, f"{result['peak'] / 2**20:.0f}", f"{result['tokens']:.0f}", f"{result['seconds']:.2f}")
     console.print(table)
     for name, result in results.items():
         if "why" in result:
