@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from distillm.evaluation import Difference
-from distillm.report.differences import MARKS
+from distillm.report.differences import mark
 from distillm.report.read import Score
 from distillm.report.text import duration, parameter_count, score_name
 from distillm.report.text import mean_std as scored
@@ -48,11 +48,6 @@ def spread(name: str, values: Sequence[float | None]) -> str:
     """``mean ± deviation`` of a score over training seeds."""
     found = mean_std(values)
     return scored(name, None if found is None else Score(*found, len(values)))
-
-
-def mark(found: Difference) -> str:
-    """‡ for p < 0.01, † for p < 0.05."""
-    return next((sign for level, sign in MARKS if found.p < level), "")
 
 
 def signed(found: Difference, *, marked: bool = True) -> str:

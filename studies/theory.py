@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from distillm import theory
+from distillm.analyse import without_a_trace
 from distillm.checkpoint import list_checkpoints, load_student, step_of
 from distillm.config import load_run
 from distillm.display import Display
 from distillm.heads import eval_mode
 from distillm.kernels import logits
-from distillm.project import build
 from distillm.train import micro_batches
 from distillm.types import State
 
@@ -31,8 +31,7 @@ def estimator_errors(
 ) -> list[dict[str, Any]]:
     """The mean over validation tokens, at the last checkpoint, as the third panel of the paper's figure 3 has it."""
     run = load_run(str(source))
-    data = run.data.model_copy(update={"test": {}})
-    project = build(run.model_copy(update={"output": str(source), "data": data, "resume": "auto"}), display)
+    project = without_a_trace(run.model_copy(update={"output": str(source)}), display)
     checkpoint = list_checkpoints(source / "checkpoints")[-1]
     load_student(project.models.student, checkpoint)
     rows = project.validation.examples

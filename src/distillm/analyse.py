@@ -86,7 +86,7 @@ def analyse_run(source: str, display: Display, *, batches: int = 16, alphas: Seq
         run = run.model_copy(update={"output": source})
     if run.teacher is None:
         raise ConfigError(f"{source} has no teacher, and the theory is about what a teacher and a student say")
-    project = _without_a_trace(run, display)
+    project = without_a_trace(run, display)
     folder = Path(run.output)
     stages: list[tuple[int, Path | None]] = [(0, None)]
     stages += [(step_of(checkpoint), checkpoint) for checkpoint in list_checkpoints(folder / "checkpoints")]
@@ -107,7 +107,8 @@ def analyse_run(source: str, display: Display, *, batches: int = 16, alphas: Seq
     return {"of": source, "settings": settings, "coefficients": coefficients, "gradients": gradients}
 
 
-def _without_a_trace(run: Run, display: Display) -> Project:
+def without_a_trace(run: Run, display: Display) -> Project:
+    """The models and rows of a finished ``run``, into whose folder nothing is written."""
     data = run.data.model_copy(update={"test": {}, "text": None})
     return build(run.model_copy(update={"data": data, "tracker": "none", "resume": "auto"}), display)
 

@@ -219,14 +219,12 @@ def _reproduces(reader: HeadReader, hidden: Tensor, logits: Tensor) -> bool:
     head = reader.head(hidden)
     assert head.weight is not None
     wide = torch.promote_types(logits.dtype, torch.float32)
-    device = head.weight.device
-    bias = None if head.bias is None else head.bias.to(device, wide)
-    z = F.linear(head.hidden.to(device, wide), head.weight.to(wide), bias)
-    z = z * head.scale
+    bias = None if head.bias is None else head.bias.to(wide)
+    z = F.linear(head.hidden.to(wide), head.weight.to(wide), bias) * head.scale
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
     tolerance = max(1e-4, 4 * torch.finfo(head.weight.dtype).eps, 4 * torch.finfo(logits.dtype).eps)
-    return float((z - logits.to(device)).abs().max()) <= tolerance * float(logits.abs().max())
+    return float((z - logits.to(z.device)).abs().max()) <= tolerance * float(logits.abs().max())
 
 
 def _forward(model: Any, inputs: dict[str, Tensor]) -> Any:

@@ -252,21 +252,21 @@ class TeacherCache:
         """The states of each row; ``teacher`` reads those that are not kept."""
         keys = [self._key(row) for row in rows]
         by_key = dict(zip(keys, rows, strict=True))
+        stores = {key: self._store(row) for key, row in by_key.items()}
         found: dict[str, Tensor] = {}
-        for key, row in by_key.items():
-            store = self._store(row)
+        for key, store in stores.items():
             kept = None if store is None else store.get(key)
             if kept is not None:
                 found[key] = kept
         missing = [key for key in by_key if key not in found]
-        passing = [key for key in missing if self._store(by_key[key]) is None]
-        staying = [key for key in missing if self._store(by_key[key]) is not None]
+        passing = [key for key in missing if stores[key] is None]
+        staying = [key for key in missing if stores[key] is not None]
         parts = [staying[at : at + self.batch_size] for at in range(0, len(staying), self.batch_size)]
         parts = [*parts, passing] if passing else parts
         for part in in_step(teacher, parts, teacher.lend):
             for key, states in zip(part, teacher.states([by_key[key] for key in part]), strict=True):
                 found[key] = states
-                store = self._store(by_key[key])
+                store = stores[key]
                 # What is not finite ends a run; kept on disk it would end every run after it as well.
                 if store is not None and bool(states.isfinite().all()):
                     store.put(key, states.cpu().clone())  # not a view of the whole batch

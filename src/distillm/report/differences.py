@@ -70,9 +70,8 @@ def with_differences(rows: Sequence[Row], baseline: str) -> tuple[list[Row], lis
     return [tested(row) for row in rows], list(notes)
 
 
-def mark(row: Row, name: str) -> str:
+def mark(found: Difference | None) -> str:
     """† for p < 0.05 and ‡ for p < 0.01, whichever of the two is better."""
-    found = row.differences.get(name)
     return "" if found is None else next((sign for level, sign in MARKS if found.p < level), "")
 
 

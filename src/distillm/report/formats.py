@@ -40,7 +40,7 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             row.data or "–",
             row.method or "–",
             parameter_count(row.student_parameters),
-            *(mean_std(name, row.scores.get(name)) + mark(row, name) for name in columns),
+            *(mean_std(name, row.scores.get(name)) + mark(row.differences.get(name)) for name in columns),
             "–" if row.seeds is None else str(row.seeds),
             *([str(row.runs)] if repeated else []),
             number(row.best_divergence),
