@@ -8,6 +8,7 @@ from statistics import fmean
 import yaml
 from pydantic import TypeAdapter
 
+from distillm.evaluation import Difference
 from distillm.report.text import score_name
 
 from . import plan, results
@@ -15,6 +16,7 @@ from .plan import Strict, Study
 from .results import Result, num_seeds, of_variant
 from .text import named, signed, table
 
+VERDICTS = ("held", "open", "reversed", "missed")
 Found = dict[str, tuple[Study, dict[str, Result]]]
 
 
@@ -63,17 +65,19 @@ def page(found: Found) -> list[str]:
         "Claims of DistiLLM (Ko et al., ICML 2024, arXiv:2402.03898) and of DistiLLM-2 (arXiv:2503.07067), in "
         "our words, beside what these studies saw, at their scale: small models, minutes of training, one "
         "teacher and one start in each study. *Held*: the 95 % interval of the difference lies on the claim's "
-        "side of zero, or of as much worse as is said to count for no worse. *Reversed*: it lies on the other. "
-        "*Open*: it does neither, so that these runs cannot tell, or there is one training seed, whose "
-        "interval knows nothing of how another would have come out. With two or three it is still too short "
-        "where seeds differ more than rows do. Times have no interval: *held* is where all runs of the one are "
-        "on the claim's side of all of the other. Each comparison is by itself, without correction for their "
-        "number; a study that has not both sides is left out. A claim that is open or reversed here may well "
-        "be true of larger models that train for longer.",
+        "side of zero, with p < 0.05, or of as much worse as is said to count for no worse, which is our choice. "
+        "*Reversed*: it lies on the other. *Open*: it does neither, so that these runs cannot tell, or there is one "
+        "training seed, whose interval knows nothing of how another would have come out. With two or three it is "
+        "still too short where seeds differ more than rows do. Times have no interval: *held* is where all runs of "
+        "the one are on the claim's side of all of the other, and *missed* where a ratio that was claimed is not "
+        "reached. A study with several test sets is asked of all their rows together. Each comparison is by itself, "
+        "without correction for their number; a study that has not both sides is left out. The counts are no tally "
+        "of independent tests: comparisons share runs. A claim that is open or reversed here may well be true of "
+        "larger models that train for longer.",
         "",
     ]
     claims = [(claim, [row for each in claim.comparisons for row in _rows(each, found)]) for claim in read()]
-    lines += table(["claim", "held", "open", "reversed"], [_counted(claim, rows) for claim, rows in claims if rows])
+    lines += table(["claim", *VERDICTS], [_counted(claim, rows) for claim, rows in claims if rows])
     for claim, rows in claims:
         lines += ["", f"## {claim.claim}", "", f"{claim.where}."]
         if rows:
@@ -86,7 +90,7 @@ def page(found: Found) -> list[str]:
 
 def _counted(claim: Claim, rows: Sequence[Row]) -> list[str]:
     counts = Counter(row.verdict.partition(",")[0] for row in rows)
-    return [claim.claim, *(str(counts[verdict]) for verdict in ("held", "open", "reversed"))]
+    return [claim.claim, *(str(counts[verdict]) for verdict in VERDICTS)]
 
 
 def _rows(comparison: Comparison, found: Found) -> list[Row]:
@@ -98,23 +102,34 @@ def _rows(comparison: Comparison, found: Found) -> list[Row]:
             continue
         who = f"{named(comparison.better)} over {named(comparison.than)}"
         seeds = num_seeds(ours, theirs)
-        scale = f"{_sizes(ours[0])}, {ours[0].record['steps']} steps, {seeds} seed{'s' * (seeds > 1)}"
+        steps = " against ".join(dict.fromkeys(str(runs[0].record["steps"]) for runs in (ours, theirs) if _drawn(runs)))
+        scale = f"{_sizes(ours[0])}, {steps} steps, {seeds} seed{'s' * (seeds > 1)}"
         page = f"[{name}]({name}.md)"
         if comparison.faster is not None:
             times = [run.seconds for run in ours], [run.seconds for run in theirs]
             ratio = fmean(times[0]) / fmean(times[1])
             most = 1 / comparison.faster
             by = "time" if most == 1 else f"time, {most:.3g} of it at most"
-            verdict = _all_faster(*times, comparison.faster)
+            verdict = _all_faster(*times, comparison.faster) if seeds > 1 else "open, on one seed"
             rows.append(Row(page, who, by, f"{ratio:.2f} of its time", scale, verdict))
             continue
         out = results.difference(ours, theirs, list(ours[0].record["scores"]), study.metric)
-        low, high = out.low + comparison.margin, out.high + comparison.margin
-        verdict = "held" if low > 0 else "reversed" if high < 0 else "open"
         by = score_name(study.metric) + (f", {comparison.margin:g} worse at most" if comparison.margin else "")
-        seen, verdict = (signed(out), verdict) if seeds > 1 else (signed(out, marked=False), "open, on one seed")
+        seen = signed(out, marked=seeds > 1 and not comparison.margin)
+        verdict = _verdict(out, comparison.margin) if seeds > 1 else "open, on one seed"
         rows.append(Row(page, who, by, seen, scale, verdict))
     return rows
+
+
+def _drawn(runs: Sequence[Result]) -> bool:
+    """Whether these are runs of a variant, not a stage that all share."""
+    return "_seed-" in runs[0].name
+
+
+def _verdict(out: Difference, margin: float) -> str:
+    if margin == 0 and out.p >= 0.05:
+        return "open"
+    return "held" if out.low + margin > 0 else "reversed" if out.high + margin < 0 else "open"
 
 
 def _sizes(run: Result) -> str:
@@ -125,4 +140,5 @@ def _sizes(run: Result) -> str:
 
 def _all_faster(ours: Sequence[float], theirs: Sequence[float], times: float) -> str:
     mine = [seconds * times for seconds in ours]
-    return "held" if max(mine) < min(theirs) else "reversed" if min(mine) > max(theirs) else "open"
+    other = "reversed" if times == 1 else "missed"
+    return "held" if max(mine) < min(theirs) else other if min(mine) > max(theirs) else "open"

@@ -39,12 +39,16 @@ def make(study: Study, place: Place, display: Display, jobs: int = 1) -> dict[st
 
     A run whose result is kept, with the same settings, is not made again. The results of a seed are kept as soon as all
     its runs have ended.
+
+    Raises:
+        ConfigError: the code has changes that no revision has.
     """
     waiting = [cell for cell in plan.cells(study, place) if not _kept(study, cell.run, place)]
-    told = [stage for stage in study.stages if not (stage.tokenizer or stage.fetch)]
-    if not waiting and all((kept_in(study, place) / f"{stage.name}.json").is_file() for stage in told):
+    if not waiting and all(stage_kept(study, stage, place) for stage in study.stages):
         display.note("all results are kept")
         return {}
+    if not place.smoke and results.changed_code():
+        raise ConfigError("results name the revision that made them, and src has changes: commit them first")
     for needed in map(plan.read, study.needs):
         for stage in needed.stages:
             if not stage.responses:
@@ -81,27 +85,51 @@ def make_stage(study: Study, stage: Stage, place: Place, display: Display) -> No
             _keep(study, run, place)
     elif stage.responses:
         _write_responses(study, stage, place, display)
-    elif stage.analyse and not (kept_in(study, place) / f"{stage.name}.json").is_file():
+    elif stage.analyse and not stage_kept(study, stage, place):
         source = place.folder(study.name, f"{stage.analyse}_seed-{study.seeds[0]}")
         batches, alphas = (2, stage.alphas[:1]) if place.smoke else (stage.batches, stage.alphas)
         found = analyse_run(str(source), display, batches=batches, alphas=alphas)
         tokens, trials = (2, 2) if place.smoke else (64, 50)
         found["errors"] = estimator_errors(source, display, tokens=tokens, trials=trials)
         git = read_yaml(str(source))["provenance"]["git"]
-        _write(study, stage.name, found | {"of": source.name, "code": results.code(git)}, place)
+        made_of = _made_of(study, stage, place)
+        _write(study, stage.name, found | {"of": source.name, "code": results.code(git), "made_of": made_of}, place)
 
 
 def _write_responses(study: Study, stage: Stage, place: Place, display: Display) -> None:
     """The teacher's responses to the rows of a variant, and what writing them took; interrupted, it is not kept."""
-    if (kept_in(study, place) / f"{stage.name}.json").is_file():
+    if stage_kept(study, stage, place):
         return
-    run = next(cell.run for cell in plan.cells(study, place) if cell.settings["variant"] == stage.responses)
+    run = _run_of(study, stage, place)
     assert run.data.responses_file is not None
     there = Path(run.data.responses_file).exists()
     began = time.monotonic()
     project = build(run.model_copy(update={"output": str(place.folder(study.name, stage.name))}), display)
     seconds = None if there else round(time.monotonic() - began, 1)
-    _write(study, stage.name, {"rows": len(project.train.examples), "seconds": seconds}, place)
+    found = {"rows": len(project.train.examples), "seconds": seconds, "made_of": _made_of(study, stage, place)}
+    _write(study, stage.name, found, place)
+
+
+def _run_of(study: Study, stage: Stage, place: Place) -> Run:
+    """The run, of the first seed, that a stage analyses or writes responses for."""
+    variant = stage.analyse or stage.responses
+    return next(cell.run for cell in plan.cells(study, place) if cell.settings["variant"] == variant)
+
+
+def _made_of(study: Study, stage: Stage, place: Place) -> str:
+    """A name for all that such a stage rests on."""
+    runs = digest(study, _run_of(study, stage, place), place)
+    return results.name_of([runs, stage.model_dump(exclude_defaults=True)])
+
+
+def stage_kept(study: Study, stage: Stage, place: Place) -> bool:
+    """Whether what a stage tells is kept, of the same settings; one that tells nothing is."""
+    if stage.tokenizer or stage.fetch:
+        return True
+    if stage.train:
+        return _kept(study, plan.stage_run(study, stage, place), place)
+    path = kept_in(study, place) / f"{stage.name}.json"
+    return path.is_file() and json.loads(path.read_text()).get("made_of") == _made_of(study, stage, place)
 
 
 def fetch(model: str, folder: Path) -> None:

@@ -65,7 +65,12 @@ def methods_page(study: Study, kept: dict[str, Result], into: Path) -> list[str]
     lines += [_reading(study), ""]
     plots.curves(groups, ROUGE, "validation ROUGE-L", into / f"{study.name}-curves.svg")
     lines += ["## Along the way", "", f"![validation ROUGE-L by steps and by minutes]({study.name}-curves.svg)", ""]
-    return [*lines, *_equal_time(study, groups, kept), "", *_to_be_known(study, groups, kept, METHODS)]
+    return [
+        *lines,
+        *_equal_time(study, groups, kept),
+        "",
+        *_to_be_known(study, groups, kept, [said for variant, said in METHODS if not variant or variant in groups]),
+    ]
 
 
 def _opening(study: Study, groups: Groups) -> list[str]:
@@ -132,7 +137,7 @@ def _equal_time(study: Study, groups: Groups, kept: dict[str, Result]) -> list[s
         charged = next((stage.name for stage in study.stages if stage.responses == variant), "")
         if charged in kept and kept[charged].record["seconds"] is not None:
             left = limit - kept[charged].record["seconds"]
-            rows.append(_reached(f"{named(variant)}, its writing paid", runs, left))
+            rows.append(_reached(f"{named(variant)}, its writing paid by the clock", runs, left))
     text = (
         f"What each had reached after {duration(limit)}, when the fastest had made all its steps: the best validation "
         "ROUGE-L of training until then, of the same runs, whose learning rate was still to fall. The first row is "
@@ -157,7 +162,8 @@ def written_besides(kept: dict[str, Result]) -> str:
         return ""
     rows, seconds = written.record["rows"], written.record["seconds"]
     return (
-        f"SeqKD's time is that of its steps: writing {rows:,} responses took {duration(seconds)} besides, once for all."
+        f"SeqKD's time is that of its steps: writing {rows:,} responses took {duration(seconds)} by the clock besides, "
+        "once for all."
     )
 
 
@@ -168,16 +174,25 @@ def reached_by(run: Result, limit: float) -> tuple[int, float | None]:
 
 
 METHODS = (
-    "All methods have one learning rate, which was not searched for each of them: another may suit some better.",
-    "The checkpoint kept is the best of the validations after training began, by ROUGE-L: the student before is none "
-    "of them, and a method may end below it, since the learning rate begins anew on fewer rows.",
-    "DistiLLM's phi starts at 0.2 (0 in the paper, but 0.2 for its largest models) and any worsening of the validation "
-    "loss raises it (in the paper one of more than 0.1): with so few validations that would hardly ever be seen.",
-    "The plain-text loss, which the paper has beside its losses and MiniLLM as a term of its own, is left out of all.",
-    "SeqKD trains on greedy responses of the teacher, DistiLLM-2 on sampled ones.",
-    "DistiLLM-2 trains on two rows for each prompt, so that equal steps are twice the rows.",
+    ("", "All methods have one learning rate, which was not searched for each of them: another may suit some better."),
+    (
+        "",
+        "The checkpoint kept is the best of the validations after training began, by ROUGE-L: the student before is "
+        "none of them, and a method may end below it, since the learning rate begins anew on fewer rows.",
+    ),
+    (
+        "distillm-skl",
+        "DistiLLM's phi starts at 0.2 (0 in the paper, but 0.2 for its largest models) and any worsening of the "
+        "validation loss raises it (in the paper one of more than 0.1): with so few validations that would hardly "
+        "ever be seen.",
+    ),
+    ("", "The plain-text loss, which the paper has beside its losses, is left out of all."),
+    ("minillm", "So it is of MiniLLM, which has it as a term of its own."),
+    ("seqkd", "SeqKD trains on greedy responses of the teacher."),
+    ("distillm2", "DistiLLM-2 trains on sampled responses of the teacher."),
+    ("distillm2", "DistiLLM-2 trains on two rows for each prompt, so that equal steps are twice the rows."),
 )
-"""What holds for every comparison of methods."""
+"""What holds for every comparison of methods, or for those that have a variant."""
 
 
 def _to_be_known(study: Study, groups: Groups, kept: dict[str, Result], always: Sequence[str] = ()) -> list[str]:
@@ -217,6 +232,7 @@ def ablations_page(study: Study, kept: dict[str, Result], into: Path) -> list[st
 def _axis(study: Study, axis: Axis, there: Groups, data: str, into: Path) -> list[str]:
     rows: list[list[str]] = []
     base = there[axis.reference]
+    losses = {label: [run.kept_validation[LOSS] for run in runs] for label, runs in there.items()}
     for label, runs in there.items():
         differs = "" if label == axis.reference else _against(runs, base, data, study)
         rows.append(
@@ -225,23 +241,24 @@ def _axis(study: Study, axis: Axis, there: Groups, data: str, into: Path) -> lis
                 str(len(runs)),
                 spread(study.metric, [run.score(data, study.metric) for run in runs]),
                 differs,
-                spread("cross_entropy", [run.curve[-1][LOSS] for run in runs]),
+                spread("cross_entropy", losses[label]),
                 spread("divergence", [run.score(data, "divergence") for run in runs]),
                 spread("truncated", [run.score(data, "truncated") for run in runs]),
                 *_use(runs),
                 percent(mean(run.record["batches"]["generated"] / run.record["steps"] for run in runs)),
+                ", ".join(str(run.record["kept_step"]) for run in runs),
                 minutes(runs),
             ]
         )
     header = [axis.name, "seeds", score_name(study.metric), f"against {axis.reference}"]
     header += ["validation loss", "divergence", "cut by length, %"]
     lines = [f"## {axis.name[0].upper()}{axis.name[1:]}", "", axis.about, ""]
-    lines += [*table([*header, *USE, "written anew, %", "minutes"], rows), ""]
+    lines += [*table([*header, *USE, "written anew, %", "kept step", "minutes"], rows), ""]
     if axis.numeric:
         file = f"{study.name}-{axis.name.replace(' ', '-').lower()}.svg"
         scores = {label: mean_std([run.score(data, study.metric) for run in runs]) for label, runs in there.items()}
-        losses = {label: mean_std([run.curve[-1][LOSS] for run in runs]) for label, runs in there.items()}
-        panels = {score_name(study.metric): scores, "validation loss (cross-entropy)": losses}
+        lost = {label: mean_std(values) for label, values in losses.items()}
+        panels = {score_name(study.metric): scores, "validation loss (cross-entropy)": lost}
         known = {panel: {x: y for x, y in values.items() if y is not None} for panel, values in panels.items()}
         plots.axis_plot(known, axis.name, into / file)
         lines += [f"![{score_name(study.metric)} and validation loss by {axis.name}]({file})", ""]
@@ -260,11 +277,14 @@ def time_page(found: dict[str, tuple[Study, dict[str, Result]]], into: Path) -> 
         "# Time and its parts",
         "",
         "By the accounting that every run keeps (`kind: time` in its metrics.jsonl), the mean over training seeds. Two "
-        "runs shared the two threads of one core, and other work came and went, so that the clock alone compares "
-        "nothing. The backward pass of a token is the same work in every run of a student: what it took, over the "
+        "runs at a time shared the machine, and other work came and went, so that the clock alone compares nothing. "
+        "The backward pass of a token is nearly the same work in every run of a student: what it took, over the "
         "least of its study, is a run's slowdown, and all its seconds are divided by that, here and on the other "
-        "pages. The deviation of what is left over seeds tells how well this serves. The teacher's states are not "
-        "cached, so that each of its readings is paid, but in the studies whose page says so.",
+        "pages. The deviation of what is left over seeds tells how well this serves within a method, and the last "
+        "column how well between them: where a method's backward pass is longer by its forward pass than others' is, "
+        "its seconds come out shorter by about as much. By the clock are the writing of the teacher's responses and "
+        "the training of the teacher, of whose size there is no other run. The teacher's states are not cached, so "
+        "that each of its readings is paid, but in the studies whose page says so.",
         "",
     ]
     for name, (study, kept) in found.items():
@@ -282,9 +302,10 @@ def time_page(found: dict[str, tuple[Study, dict[str, Result]]], into: Path) -> 
             )
             shares = [percent(parts[part] / whole) for part in ("generation", "teacher")]
             slowed = ", ".join(f"{run.slowdown:.2f}" for run in runs)
-            rows.append([named(variant), minutes(runs), ratio, *shares, slowed])
+            passes = mean(run.parts["student backward"] / run.parts["student forward"] for run in runs)
+            rows.append([named(variant), minutes(runs), ratio, *shares, slowed, f"{passes:.2f}"])
         header = ["method", "minutes", f"time / {named(study.baseline)}", "writing, % of the time", "teacher, %"]
-        lines += [f"## {study.title}", "", *table([*header, "slowdown of each run"], rows), ""]
+        lines += [f"## {study.title}", "", *table([*header, "slowdown of each run", "backward / forward"], rows), ""]
         lines += [f"![seconds of a step by part]({name}-time.svg)", "", written_besides(kept), ""]
     return lines
 

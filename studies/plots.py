@@ -33,10 +33,12 @@ PARTS = ("generation", "teacher", "student forward", "student backward", "loss",
 def curves(groups: Mapping[str, Sequence[Result]], column: int, label: str, path: Path) -> None:
     """A validation figure of each variant, the mean over its seeds, by steps and by minutes."""
     figure, axes = _axes(2)
-    for colour, (variant, runs) in zip(COLOURS, groups.items(), strict=False):
+    for i, (variant, runs) in enumerate(groups.items()):
         points = _mean_curve(runs, column)
+        look: dict[str, Any] = {"marker": ".", "color": COLOURS[i % len(COLOURS)], "label": named(variant)}
+        look |= {"linestyle": "--"} if i >= len(COLOURS) else {}
         for axis, x in zip(axes, (0, 1), strict=True):
-            axis.plot([p[x] for p in points], [p[2] for p in points], marker=".", color=colour, label=named(variant))
+            axis.plot([p[x] for p in points], [p[2] for p in points], **look)
     axes[0].set(xlabel="steps", ylabel=label)
     axes[1].set(xlabel="minutes of training")
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize="small", loc="outside right center")
@@ -104,9 +106,10 @@ def coefficients(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axis, step in zip(axes, shown, strict=True):
         for colour, name in zip(COLOURS, dict.fromkeys(row["divergence"] for row in rows), strict=False):
             mine = [row for row in rows if row["divergence"] == name and row["step"] == step]
-            x, y = [row["percentile"] for row in mine], [abs(row["coefficient"]) for row in mine]
+            x, y = [row["percentile"] for row in mine], [row["coefficient"] for row in mine]
             axis.plot(x, y, marker=".", color=colour, label=str(name).replace("_", " "))
-        axis.set(title=f"step {step}", xlabel="percentile of tokens", ylabel="|coefficient|", yscale="log")
+        axis.set(title=f"step {step}", xlabel="percentile of tokens", ylabel="coefficient")
+        axis.set_yscale("symlog", linthresh=0.1)
     axes[0].legend(fontsize="small")
     _save(figure, path)
 

@@ -52,6 +52,11 @@ class Result:
         return None if found is None else found["mean"]
 
     @property
+    def kept_validation(self) -> list[float | None]:
+        """The row of the curve at the step that was kept."""
+        return next(point for point in self.curve if point[0] == self.record["kept_step"])
+
+    @property
     def student_share(self) -> float:
         """The share of rows trained on that the student wrote."""
         batches = self.record["batches"]
@@ -67,7 +72,12 @@ class Result:
 
 def settings_digest(run: Run, before: Sequence[Run] = ()) -> str:
     """A name for all settings that are not the defaults, of ``run`` and of the runs whose models it takes."""
-    return hashlib.sha256(json.dumps([_settings(each) for each in (run, *before)]).encode()).hexdigest()[:16]
+    return name_of([_settings(each) for each in (run, *before)])
+
+
+def name_of(settings: Any) -> str:
+    """A short name that other settings have not."""
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -79,10 +89,13 @@ def _settings(run: Run) -> dict[str, Any]:
 
 @cache
 def code(revision: str | None) -> str:
-    """The git tree of the package at ``revision``; with a mark where files here have changed since the last commit."""
-    if revision is None:
-        return "unknown"
-    return _git("rev-parse", f"{revision}:src/distillm") + ("+changes" if _git("status", "--porcelain", "src") else "")
+    """The git tree of the package at ``revision``."""
+    return "unknown" if revision is None else _git("rev-parse", f"{revision}:src/distillm")
+
+
+def changed_code() -> bool:
+    """Whether the package differs from that of the last commit, whose name its runs would bear."""
+    return bool(_git("status", "--porcelain", "src"))
 
 
 def _git(*words: str) -> str:

@@ -27,6 +27,15 @@ NAMES = {
     "minillm-3e-4": "MiniLLM at 3e-4",
     "kd-3e-4": "KD at 3e-4",
     "distillm-skl-3e-4": "DistiLLM, SKL at 3e-4",
+    "skl": "SKL, adaptive off-policy",
+    "replay-never": "SKL, adaptive",
+    "kl-on-policy": "ImitKD (KL, on-policy)",
+    "imitkd-off": "ImitKD with replay",
+    "jsd-mixed": "GKD (JSD, mixed)",
+    "gkd-off": "GKD with replay",
+    "minillm-off": "MiniLLM with replay",
+    "replay-constant": "SKL, replay constant",
+    "replay-increasing": "SKL, replay rising",
 }
 """What variants are called on the pages."""
 HIDDEN = ("response_tokens", "calibration_error", "exact_match", "perplexity")
@@ -35,7 +44,9 @@ HIDDEN = ("response_tokens", "calibration_error", "exact_match", "perplexity")
 
 def named(variant: str) -> str:
     """The name of a variant for a reader."""
-    return NAMES.get(variant, variant)
+    loss, _, how = variant.partition("-")
+    plain = f"{loss.upper()}, {how.replace('-', ' ', how.count('-') - how.endswith('off-policy'))}"
+    return NAMES.get(variant, plain if loss in ("kl", "rkl", "skl", "srkl", "jsd") else variant)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
