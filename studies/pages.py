@@ -198,12 +198,10 @@ METHODS = (
 def _to_be_known(study: Study, groups: Groups, kept: dict[str, Result], always: Sequence[str] = ()) -> list[str]:
     """What a reader must know before believing the tables: words of the study, and what became of its runs."""
     lines = [*study.remarks, *always]
-    for variant, runs in groups.items():
-        worse = sum("worse" in run.record["events"] for run in runs)
-        if worse:
-            lines.append(
-                f"{named(variant)}: in {worse} of {len(runs)} runs no validation was better than before training."
-            )
+    worse = {variant: sum("worse" in run.record["events"] for run in runs) for variant, runs in groups.items()}
+    if any(worse.values()):
+        of = [f"{named(variant)} ({count} of {len(groups[variant])})" for variant, count in worse.items() if count]
+        lines.append(f"Runs in which no validation was better than before training: {'; '.join(of)}.")
     for name, run in kept.items():
         if "failed" in run.record:
             lines.append(f"{name} did not come to its end: it failed after step {run.record['failed']}.")
