@@ -45,7 +45,8 @@ HIDDEN = ("response_tokens", "calibration_error", "exact_match", "perplexity")
 def named(variant: str) -> str:
     """The name of a variant for a reader."""
     loss, _, how = variant.partition("-")
-    plain = f"{loss.upper()}, {how.replace('-', ' ', how.count('-') - how.endswith('off-policy'))}"
+    spaced = how.replace("-", " ").replace("off policy", "off-policy").replace("on policy", "on-policy")
+    plain = ", ".join(filter(None, (loss.upper(), spaced)))
     return NAMES.get(variant, plain if loss in ("kl", "rkl", "skl", "srkl", "jsd") else variant)
 
 

@@ -18,6 +18,7 @@ from distillm.evaluation import METRICS
 from studies import claims, make, pages, plan, results, smoke
 from studies.plan import Place, Study
 from studies.results import Result
+from studies.text import named
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "studies"
@@ -306,6 +307,22 @@ def test_one_seed_decides_nothing_but_a_stage_is_no_draw(monkeypatch: pytest.Mon
     assert stage.endswith("2 seeds | held |")
     assert "‡" in stage
     assert "| So | 1 | 1 | 0 | 0 |" in page
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [
+        ("srkl", "SRKL"),
+        ("kl-adaptive-off-policy", "KL, adaptive off-policy"),
+        ("rkl-on-policy", "RKL, on-policy"),
+        ("jsd-dataset", "JSD, dataset"),
+        ("skl-noise-0.1", "SKL, noise 0.1"),
+        ("distillm2", "DistiLLM-2"),
+        ("student", "the student before"),
+    ],
+)
+def test_variants_have_names_for_readers(variant: str, name: str) -> None:
+    assert named(variant) == name
 
 
 def test_several_test_sets_count_by_their_rows() -> None:
