@@ -6,9 +6,10 @@ import gc
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,44 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=1, help="of a CPU")
     made.add_argument("--output", type=Path, help="write machine, settings and results there, as JSON")
     return made
+
+
+def contenders(asked: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Ask for a teacher, rows, and which of ``names`` are to run; each runs in a process of its own (`in_turn`)."""
+    asked.add_argument("teacher", help="a model folder or GGUF file")
+    asked.add_argument("--data", required=True, help="JSON Lines of instruction, input and output")
+    asked.add_argument("--only", nargs="+", default=[*names], choices=[*names], metavar="CONTENDER")
+    asked.add_argument("--one", help=argparse.SUPPRESS)
+
+
+def in_turn(
+    options: argparse.Namespace,
+    device: str,
+    one: Callable[[argparse.Namespace], dict[str, Any]],
+    show: Callable[[dict[str, dict[str, Any]], Console], None],
+    launched: Callable[[str], list[str]] = lambda _: [],
+    lines: int = 1,
+) -> None:
+    """What ``one`` finds of each contender, shown and written as it comes; of one that fails, its last ``lines``.
+
+    ``launched`` are words between Python and the script, for those that a launcher starts.
+    """
+    if options.one:
+        torch.set_num_threads(options.threads)
+        sys.stdout.write("\n" + json.dumps(one(options)) + "\n")
+        return
+    (console, described), results = begin(options, device), dict[str, dict[str, Any]]()
+    for name in options.only:
+        with console.status(name):
+            command = [sys.executable, *launched(name), *sys.argv, "--one", name]
+            told = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+        said = (told.stdout if told.returncode == 0 else told.stderr).strip().splitlines()
+        results[name] = json.loads(said[-1]) if told.returncode == 0 else {"why": "\n".join(said[-lines:]) or "failed"}
+        show(results, console)
+        for failed, result in results.items():
+            if "why" in result:
+                console.print(f"{failed}: {result['why']}", markup=False)
+        write(options, described, results=results)
 
 
 def begin(options: argparse.Namespace, device: str) -> tuple[Console, dict[str, Any]]:

@@ -10,10 +10,6 @@ first steps are left out.
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from itertools import islice
@@ -28,7 +24,7 @@ from transformers.utils import logging
 from distillm import build
 from distillm.config import make_run
 from distillm.project import Project, training
-from measure import begin, parser, resident, write
+from measure import contenders, in_turn, parser, resident
 from run import spoken, trained
 
 OURS: dict[str, dict[str, bool]] = {
@@ -119,15 +115,11 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
         else:
             table.add_row(name, f"{result['peak'] / 2**20:.0f}", f"{result['tokens']:.0f}", f"{result['seconds']:.2f}")
     console.print(table)
-    for name, result in results.items():
-        if "why" in result:
-            console.print(f"{name}: {result['why']}", markup=False)
 
 
 def parse() -> argparse.Namespace:
     asked = parser(__doc__)
-    asked.add_argument("teacher", help="a model folder or GGUF file")
-    asked.add_argument("--data", required=True, help="JSON Lines of instruction, input and output")
+    contenders(asked, [*OURS, *TRL])
     asked.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     asked.add_argument("--layers", type=int, default=10, help="of the teacher that the student has")
     asked.add_argument("--batch-size", type=int, default=32)
@@ -136,30 +128,14 @@ def parse() -> argparse.Namespace:
     asked.add_argument("--max-prompt", type=int, default=256)
     asked.add_argument("--max-new-tokens", type=int, default=128)
     asked.add_argument("--lr", type=float, default=3e-4)
-    asked.add_argument("--only", nargs="+", default=[*OURS, *TRL], choices=[*OURS, *TRL], metavar="CONTENDER")
-    asked.add_argument("--one", help=argparse.SUPPRESS)
     return asked.parse_args()
 
 
-def main() -> None:
-    options = parse()
-    if options.one:
-        torch.set_num_threads(options.threads)
-        sys.stdout.write("\n" + json.dumps(one(options)) + "\n")
-        return
-    (console, described), results = begin(options, options.device), dict[str, dict[str, Any]]()
-    for name in options.only:
-        spread = OURS.get(name, {}).get("shard", False)
-        launched = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"] if spread else []
-        command = [sys.executable, *launched, __file__, *sys.argv[1:], "--one", name]
-        with console.status(name):
-            told = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-        last = (told.stdout if told.returncode == 0 else told.stderr).strip().splitlines()
-        found = [line for line in last if line.startswith("{")] if told.returncode == 0 else last
-        results[name] = json.loads(found[-1]) if told.returncode == 0 else {"why": "\n".join(found[-12:]) or "failed"}
-        show(results, console)
-        write(options, described, results=results)
+def launched(name: str) -> list[str]:
+    spread = OURS.get(name, {}).get("shard", False)
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"] if spread else []
 
 
 if __name__ == "__main__":
-    main()
+    asked = parse()
+    in_turn(asked, asked.device, one, show, launched, lines=12)

@@ -14,10 +14,7 @@ responses generated eight at a time, all logits formed, the teacher run on every
 
 import argparse
 import json
-import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +33,7 @@ from distillm.accounting import account_for, kept_by, taken
 from distillm.config import make_run
 from distillm.project import Project, training
 from distillm.types import Example
-from measure import begin, parser, write
+from measure import contenders, in_turn, parser
 
 OURS: dict[str, dict[str, Any]] = {
     "sft": {"method": {"name": "sft"}},
@@ -229,15 +226,11 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
             ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in longest) if name in OURS else "",
         )
     console.print(table)
-    for name, result in results.items():
-        if "why" in result:
-            console.print(f"{name}: {result['why']}", markup=False)
 
 
 def parse() -> argparse.Namespace:
     asked = parser(__doc__)
-    asked.add_argument("teacher", help="a model folder or GGUF file")
-    asked.add_argument("--data", required=True, help="JSON Lines of instruction, input and output")
+    contenders(asked, [*OURS, *OTHERS])
     asked.add_argument("--validation", required=True, help="rows of the same kind that nobody trains on")
     asked.add_argument("--layers", type=int, default=8, help="of the teacher that the student has")
     asked.add_argument("--rows", type=int, default=512)
@@ -247,27 +240,8 @@ def parse() -> argparse.Namespace:
     asked.add_argument("--max-length", type=int, default=512)
     asked.add_argument("--max-new-tokens", type=int, default=128)
     asked.add_argument("--lr", type=float, default=3e-4)
-    asked.add_argument("--only", nargs="+", default=[*OURS, *OTHERS], choices=[*OURS, *OTHERS], metavar="CONTENDER")
-    asked.add_argument("--one", help=argparse.SUPPRESS)
     return asked.parse_args()
 
 
-def main() -> None:
-    options = parse()
-    if options.one:
-        torch.set_num_threads(options.threads)
-        sys.stdout.write("\n" + json.dumps(one(options)) + "\n")
-        return
-    (console, described), results = begin(options, "cpu"), dict[str, dict[str, Any]]()
-    for name in options.only:
-        with console.status(name):
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
-            told = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-        last = (told.stdout if told.returncode == 0 else told.stderr).strip().splitlines()[-1:]
-        results[name] = json.loads(last[0]) if told.returncode == 0 else {"why": "".join(last) or "failed"}
-        show(results, console)
-        write(options, described, results=results)
-
-
 if __name__ == "__main__":
-    main()
+    in_turn(parse(), "cpu", one, show)

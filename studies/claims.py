@@ -13,7 +13,7 @@ from distillm.report.text import score_name
 
 from . import plan, results
 from .plan import Strict, Study
-from .results import Result, num_seeds, of_variant
+from .results import Result, drawn, num_seeds, of_variant
 from .text import named, signed, table
 
 VERDICTS = ("held", "open", "reversed", "missed")
@@ -102,7 +102,7 @@ def _rows(comparison: Comparison, found: Found) -> list[Row]:
             continue
         who = f"{named(comparison.better)} over {named(comparison.than)}"
         seeds = num_seeds(ours, theirs)
-        steps = " against ".join(dict.fromkeys(str(runs[0].record["steps"]) for runs in (ours, theirs) if _drawn(runs)))
+        steps = " against ".join(dict.fromkeys(str(runs[0].record["steps"]) for runs in (ours, theirs) if drawn(runs)))
         scale = f"{_sizes(ours[0])}, {steps} steps, {seeds} seed{'s' * (seeds > 1)}"
         page = f"[{name}]({name}.md)"
         if comparison.faster is not None:
@@ -119,11 +119,6 @@ def _rows(comparison: Comparison, found: Found) -> list[Row]:
         verdict = _verdict(out, comparison.margin) if seeds > 1 else "open, on one seed"
         rows.append(Row(page, who, by, seen, scale, verdict))
     return rows
-
-
-def _drawn(runs: Sequence[Result]) -> bool:
-    """Whether these are runs of a variant, not a stage that all share."""
-    return "_seed-" in runs[0].name
 
 
 def _verdict(out: Difference, margin: float) -> str:

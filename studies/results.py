@@ -199,8 +199,8 @@ def as_json(record: dict[str, Any]) -> str:
 def load(folder: Path) -> dict[str, Result]:
     """The results of a study by the names of their runs.
 
-    Other work came and went while the runs were made. The backward pass of a token is the same work in all runs of a
-    student, so that what it took tells how much a run was slowed down.
+    Other work came and went while the runs were made. The backward pass of a token is nearly the same work in all runs
+    of a student, so that what it took tells how much a run was slowed down.
     """
     records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     paces = {
@@ -219,9 +219,14 @@ def of_variant(results: dict[str, Result], variant: str) -> list[Result]:
     return [result for result in named if "failed" not in result.record]
 
 
+def drawn(runs: Sequence[Result]) -> bool:
+    """Whether these are runs of a variant; a stage is one model, and not a draw of any."""
+    return "_seed-" in runs[0].name
+
+
 def num_seeds(*groups: Sequence[Result]) -> int:
-    """The training seeds that each has; a stage is one model, and not a draw of any."""
-    return min((len(runs) for runs in groups if "_seed-" in runs[0].name), default=1)
+    """The training seeds that each variant has, stages aside."""
+    return min((len(runs) for runs in groups if drawn(runs)), default=1)
 
 
 def mean_std(values: Sequence[float | None]) -> tuple[float, float | None] | None:
