@@ -16,7 +16,7 @@ from .plan import Strict, Study
 from .results import Result, drawn, num_seeds, of_variant
 from .text import named, signed, table
 
-VERDICTS = ("held", "open", "reversed", "missed")
+VERDICTS = ("held", "open", "reversed", "missed", "one seed")
 Found = dict[str, tuple[Study, dict[str, Result]]]
 
 
@@ -37,7 +37,9 @@ class Claim(Strict):
 
     claim: str
     where: str
-    comparisons: list[Comparison]
+    comparisons: Sequence[Comparison] = ()
+    see: str | None = None
+    """The page that tells what was seen, where it is no comparison of two variants."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +66,31 @@ def page(found: Found) -> list[str]:
         "",
         "Claims of DistiLLM (Ko et al., ICML 2024, arXiv:2402.03898) and of DistiLLM-2 (arXiv:2503.07067), in "
         "our words, beside what these studies saw, at their scale: small models, minutes of training, one "
-        "teacher and one start in each study. *Held*: the 95 % interval of the difference lies on the claim's "
-        "side of zero, with p < 0.05, or of as much worse as is said to count for no worse, which is our choice. "
-        "*Reversed*: it lies on the other. *Open*: it does neither, so that these runs cannot tell, or there is one "
-        "training seed, whose interval knows nothing of how another would have come out. With two or three it is "
-        "still too short where seeds differ more than rows do. Times have no interval: *held* is where all runs of "
-        "the one are on the claim's side of all of the other, and *missed* where a ratio that was claimed is not "
-        "reached. A study with several test sets is asked of all their rows together. Each comparison is by itself, "
-        "without correction for their number; a study that has not both sides is left out. The counts are no tally "
-        "of independent tests: comparisons share runs. A claim that is open or reversed here may well be true of "
-        "larger models that train for longer.",
+        "teacher and one start in each study. A claim that is open or reversed here may well be true of larger models "
+        "that train for longer.",
+        "",
+        "- *Held*: the 95 % interval of the difference lies on the claim's side of zero, with p < 0.05. Where a claim "
+        "is that something costs nothing, as much worse as the row says counts for nothing, which is our choice.",
+        "- *Reversed*: it lies on the other side.",
+        "- *Open*: it does neither; these runs cannot tell.",
+        "- *One seed*: nothing is decided, since its interval knows the test rows alone. A row says where that "
+        "interval leaves out zero.",
+        "- Times have no interval: *held* is where all runs of the one are on the claim's side of all of the other, "
+        "*missed* where a ratio that was claimed is not reached.",
+        "",
+        "With three seeds an interval is still too short where seeds differ more than rows do. A study with several "
+        "test sets is asked of all their rows together. Each comparison is by itself, without correction for their "
+        "number; the counts are no tally of independent tests, as comparisons share runs. A study that has not both "
+        "sides is left out.",
         "",
     ]
     claims = [(claim, [row for each in claim.comparisons for row in _rows(each, found)]) for claim in read()]
     lines += table(["claim", *VERDICTS], [_counted(claim, rows) for claim, rows in claims if rows])
     for claim, rows in claims:
         lines += ["", f"## {claim.claim}", "", f"{claim.where}."]
-        if rows:
+        if claim.see is not None:
+            lines += ["", f"What was seen is on the page about {claim.see}."]
+        elif rows:
             body = [[row.study, row.who, row.by, row.came_out, row.scale, row.verdict] for row in rows]
             lines += ["", *table(["study", "claimed", "by", "seen", "at the scale of", ""], body)]
         else:
@@ -107,24 +117,33 @@ def _rows(comparison: Comparison, found: Found) -> list[Row]:
         page = f"[{name}]({name}.md)"
         if comparison.faster is not None:
             times = [run.seconds for run in ours], [run.seconds for run in theirs]
-            ratio = fmean(times[0]) / fmean(times[1])
-            most = 1 / comparison.faster
-            by = "time" if most == 1 else f"time, {most:.3g} of it at most"
-            verdict = _all_faster(*times, comparison.faster) if seeds > 1 else "open, on one seed"
-            rows.append(Row(page, who, by, f"{ratio:.2f} of its time", scale, verdict))
+            verdict = _all_faster(*times, comparison.faster) if seeds > 1 else "one seed"
+            rows.append(Row(page, who, *_times(*map(fmean, times), comparison.faster), scale, verdict))
             continue
-        out = results.difference(ours, theirs, list(ours[0].record["scores"]), study.metric)
-        by = score_name(study.metric) + (f", {comparison.margin:g} worse at most" if comparison.margin else "")
+        sets = list(ours[0].record["scores"])
+        out = results.difference(ours, theirs, sets, study.metric)
+        by = score_name(study.metric) + (f", {len(sets)} sets" if len(sets) > 1 else "")
+        by += f", {comparison.margin:g} worse at most" if comparison.margin else ""
         seen = signed(out, marked=seeds > 1 and not comparison.margin)
-        verdict = _verdict(out, comparison.margin) if seeds > 1 else "open, on one seed"
+        verdict = _verdict(out, comparison.margin, seeds)
         rows.append(Row(page, who, by, seen, scale, verdict))
     return rows
 
 
-def _verdict(out: Difference, margin: float) -> str:
-    if margin == 0 and out.p >= 0.05:
-        return "open"
-    return "held" if out.low + margin > 0 else "reversed" if out.high + margin < 0 else "open"
+def _times(ours: float, theirs: float, faster: float) -> tuple[str, str]:
+    """What is claimed of two times, and what was seen, in the claim's direction."""
+    if faster == 1:
+        return "time", f"{ours / theirs:.2f} of its time"
+    if faster < 1:
+        return f"time, {1 / faster:.3g} times its at most", f"{ours / theirs:.2f} times its"
+    return f"time, the other's at least {faster:.3g} times", f"{theirs / ours:.2f} times"
+
+
+def _verdict(out: Difference, margin: float, seeds: int) -> str:
+    side = "held" if out.low + margin > 0 else "reversed" if out.high + margin < 0 else "open"
+    if seeds == 1:
+        return {"held": "one seed, for it", "reversed": "one seed, against it", "open": "one seed"}[side]
+    return "open" if margin == 0 and out.p >= 0.05 else side
 
 
 def _sizes(run: Result) -> str:

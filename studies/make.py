@@ -61,8 +61,9 @@ def make(study: Study, place: Place, display: Display, jobs: int = 1) -> dict[st
         cells = [cell for cell in waiting if cell.settings["seed"] == seed]
         wrong |= run_sweep(cells, display, jobs)[1]
         for run in [cell.run for cell in cells if cell.run.output in wrong]:
-            folder = Path(run.output)
-            _write(study, folder.name, results.failed(folder, digest(study, run, place)), place)
+            record = results.failed(Path(run.output), digest(study, run, place))
+            if record is not None:
+                _write(study, Path(run.output).name, record, place)
         keep(study, place)
     for stage in study.stages:
         if stage.analyse:
@@ -79,6 +80,11 @@ def make_stage(study: Study, stage: Stage, place: Place, display: Display) -> No
         smoke.pretrained(stage.fetch, folder) if place.smoke else fetch(stage.fetch, folder)
     elif stage.train:
         run = plan.stage_run(study, stage, place)
+        if not folder.exists() and _kept(study, run, place):
+            raise ConfigError(
+                f"{folder} is gone, and results that are kept rest on it: another would not be quite the same. "
+                f"Put it back, or delete {kept_in(study, place)} to make the study anew"
+            )
         if not _finished(run):
             distill(run, display)
         if not _kept(study, run, place):

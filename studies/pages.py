@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean as mean
 
+from distillm.config import read_yaml
 from distillm.report.text import duration, score_name
 
 from . import claims, plan, plots, results, theory
@@ -22,10 +23,13 @@ def write(into: Path, folder: Callable[[str], Path]) -> list[Path]:
     into.mkdir(parents=True, exist_ok=True)
     made: list[Path] = []
     found = {name: (plan.read(name), results.load(folder(name))) for name in plan.names()}
-    writers = {"methods": methods_page, "ablations": ablations_page, "theory": theory_page}
     for name, (study, kept) in found.items():
-        waiting = [f"# {study.title}", "", study.about, "", "No run of it is made yet."]
-        lines = writers[study.kind](study, kept, into) if groups_of(study, kept) else waiting
+        if not groups_of(study, kept):
+            lines = [f"# {study.title}", "", study.about, "", "No run of it is made yet."]
+        elif study.kind == "ablations":
+            lines = ablations_page(study, kept, into, starts_of(study, found))
+        else:
+            lines = {"methods": methods_page, "theory": theory_page}[study.kind](study, kept, into)
         made.append(_page(into / f"{name}.md", lines))
     made.append(_page(into / "time.md", time_page(found, into)))
     made.append(_page(into / "claims.md", claims.page(found)))
@@ -49,6 +53,18 @@ def stages_of(study: Study, kept: dict[str, Result]) -> list[Result]:
     return [kept[stage.name] for stage in study.stages if stage.train and stage.name in kept]
 
 
+def starts_of(study: Study, found: dict[str, tuple[Study, dict[str, Result]]]) -> dict[str, Result]:
+    """What the variants start from, where that is a student that some study trained."""
+    usual = read_yaml(str(plan.HERE / study.base))["student"]["path"]
+    starts: dict[str, Result] = {}
+    for variant, settings in study.variants.items():
+        if "student" not in settings:
+            *_, of, stage, _ = Path(settings.get("student.path", usual)).parts
+            if stage in found[of][1]:
+                starts[variant] = found[of][1][stage]
+    return starts
+
+
 def test_sets(groups: Groups) -> list[str]:
     """The test sets of a study's runs."""
     return list(dict.fromkeys(data for runs in groups.values() for run in runs for data in run.record["scores"]))
@@ -58,11 +74,15 @@ def methods_page(study: Study, kept: dict[str, Result], into: Path) -> list[str]
     """Methods side by side: scores, differences, curves, equal time."""
     groups = groups_of(study, kept)
     lines = [*_opening(study, groups), "## Scores", ""]
-    for data in test_sets(groups):
+    sets = test_sets(groups)
+    if len(sets) > 1:
+        lines += [f"**All {len(sets)} test sets together**, {sum(_num_rows(groups, data) for data in sets)} rows", ""]
+        lines += [*_scores(study, groups, kept, sets), ""]
+    for data in sets:
         lines += [f"**{data}**, {_num_rows(groups, data)} rows", ""]
         lines += [*models_table(stages_of(study, kept), data, study.metric), ""]
-        lines += [*_scores(study, groups, kept, data), ""]
-    lines += [_reading(study), ""]
+        lines += [*_scores(study, groups, kept, [data], alone=len(sets) == 1), ""]
+    lines += [_reading(study, groups), ""]
     plots.curves(groups, ROUGE, "validation ROUGE-L", into / f"{study.name}-curves.svg")
     lines += ["## Along the way", "", f"![validation ROUGE-L by steps and by minutes]({study.name}-curves.svg)", ""]
     return [
@@ -83,24 +103,29 @@ def _num_rows(groups: Groups, data: str) -> int:
     return next(rows["num_rows"] for rows in kept if rows is not None)
 
 
-def _scores(study: Study, groups: Groups, kept: dict[str, Result], data: str) -> list[str]:
-    names = shown_scores(next(iter(groups.values()))[0].record["scores"][data], study.metric)
+def _scores(
+    study: Study, groups: Groups, kept: dict[str, Result], sets: Sequence[str], alone: bool = True
+) -> list[str]:
+    """A row for each method; ``alone``: what does not depend on the test set is there too."""
+    first = next(iter(groups.values()))[0]
+    names = shown_scores(first.record["scores"][sets[0]], study.metric)[1:] if len(sets) == 1 else []
     others = [name for name in (study.baseline, "student") if name in groups or name in kept]
     rows: list[list[str]] = []
     for variant, runs in groups.items():
-        scores = [spread(name, [run.score(data, name) for run in runs]) for name in names]
-        differs = ["" if variant == name else _against(runs, of_variant(kept, name), data, study) for name in others]
-        steps = ", ".join(str(run.record["kept_step"]) for run in runs)
-        row = [named(variant), str(len(runs)), scores[0], *differs, *scores[1:], *_use(runs), steps, minutes(runs)]
-        rows.append(row)
+        score = spread(study.metric, [results.pooled(run, sets, study.metric) for run in runs])
+        differs = ["" if variant == name else _against(runs, of_variant(kept, name), sets, study) for name in others]
+        more = [spread(name, [run.score(sets[0], name) for run in runs]) for name in names]
+        if alone:
+            more += [*_use(runs), ", ".join(str(run.record["kept_step"]) for run in runs), minutes(runs)]
+        rows.append([named(variant), str(len(runs)), score, *differs, *more])
     header = ["method", "seeds", score_name(study.metric), *(f"against {named(name)}" for name in others)]
-    header += [*map(score_name, names[1:]), *USE, "kept step", "minutes"]
+    header += [*map(score_name, names), *((*USE, "kept step", "minutes") if alone else ())]
     return table(header, rows)
 
 
-def _against(runs: Sequence[Result], others: Sequence[Result], data: str, study: Study) -> str:
+def _against(runs: Sequence[Result], others: Sequence[Result], sets: Sequence[str], study: Study) -> str:
     """The difference in the study's score; with one seed its interval knows the rows alone, and it has no mark."""
-    found = results.difference(runs, others, [data], study.metric)
+    found = results.difference(runs, others, sets, study.metric)
     return signed(found, marked=num_seeds(runs, others) > 1)
 
 
@@ -115,15 +140,25 @@ def _use(runs: Sequence[Result]) -> list[str]:
     ]
 
 
-def _reading(study: Study) -> str:
-    return (
-        "± is the deviation over training seeds, of one teacher and one start. In brackets the 95 % interval "
-        f"of the difference in {score_name(study.metric)}, by a bootstrap over test rows and training seeds "
-        "together ([how](../evaluation.md)); with three seeds it is too short where seeds differ more than "
-        "rows do, and with one it knows the rows alone. † p < 0.05, ‡ p < 0.01, not corrected for the number "
-        "of comparisons, and not said of one seed. Divergence is KL(teacher ‖ student) at the tokens of the "
-        "references, which is what KD minimises; it, TER and the share cut by length are better when lower. "
-        "Minutes are those of the training steps, writing included, [had nothing slowed them down](time.md)."
+def _reading(study: Study, groups: Groups) -> str:
+    scores = {name for runs in groups.values() for found in runs[0].record["scores"].values() for name in found}
+    told = {"divergence": "divergence", "ter": "TER", "truncated": "the share cut by length"}
+    lower = [word for name, word in told.items() if name in scores]
+    several = any(len(runs) > 1 for runs in groups.values())
+    return " ".join(
+        [
+            "± is the deviation over training seeds, of one teacher and one start." if several else "",
+            f"In brackets the 95 % interval of the difference in {score_name(study.metric)}, by a bootstrap over test "
+            "rows and training seeds together ([how](../evaluation.md));",
+            "with three seeds it is too short where seeds differ more than rows do, and" if several else "",
+            "with one it knows the rows alone. † p < 0.05, ‡ p < 0.01, not corrected for the number of comparisons, "
+            "and not said of one seed.",
+            "Divergence is KL(teacher ‖ student) at the tokens of the references, which is what KD minimises."
+            if "divergence" in lower
+            else "",
+            f"Better when lower: {', '.join(lower)}." if lower else "",
+            "Minutes are those of the training steps, writing included, [had nothing slowed them down](time.md).",
+        ]
     )
 
 
@@ -134,9 +169,9 @@ def _equal_time(study: Study, groups: Groups, kept: dict[str, Result]) -> list[s
     rows = [["the student before", "0", spread("rouge_l", [start[ROUGE]])]]
     for variant, runs in groups.items():
         rows.append(_reached(named(variant), runs, limit))
-        charged = next((stage.name for stage in study.stages if stage.responses == variant), "")
-        if charged in kept and kept[charged].record["seconds"] is not None:
-            left = limit - kept[charged].record["seconds"]
+        charged = next((kept[stage.name] for stage in study.stages if stage.responses == variant), None)
+        if charged is not None and charged.record["seconds"] is not None:
+            left = limit - charged.record["seconds"]
             rows.append(_reached(f"{named(variant)}, its writing paid by the clock", runs, left))
     text = (
         f"What each had reached after {duration(limit)}, when the fastest had made all its steps: the best validation "
@@ -158,13 +193,11 @@ EQUAL = ("method", "steps until the last validation", "validation ROUGE-L")
 def written_besides(kept: dict[str, Result]) -> str:
     """What the teacher's responses took, which no run of SeqKD paid for."""
     written = kept.get("responses")
-    if written is None or written.record["seconds"] is None:
+    if written is None:
         return ""
     rows, seconds = written.record["rows"], written.record["seconds"]
-    return (
-        f"SeqKD's time is that of its steps: writing {rows:,} responses took {duration(seconds)} by the clock besides, "
-        "once for all."
-    )
+    took = "was not timed" if seconds is None else f"took {duration(seconds)} by the clock"
+    return f"SeqKD's time is that of its steps: writing {rows:,} responses {took} besides, once for all."
 
 
 def reached_by(run: Result, limit: float) -> tuple[int, float | None]:
@@ -174,7 +207,11 @@ def reached_by(run: Result, limit: float) -> tuple[int, float | None]:
 
 
 METHODS = (
-    ("", "All methods have one learning rate, which was not searched for each of them: another may suit some better."),
+    (
+        "",
+        "Unless a row says another, all methods have one learning rate, which was not searched for each of them: "
+        "another may suit some better.",
+    ),
     (
         "",
         "The checkpoint kept is the best of the validations after training began, by ROUGE-L: the student before is "
@@ -215,30 +252,32 @@ def _to_be_known(study: Study, groups: Groups, kept: dict[str, Result], always: 
     return ["## To be known", "", *(f"- {line}" for line in lines)] if lines else []
 
 
-def ablations_page(study: Study, kept: dict[str, Result], into: Path) -> list[str]:
-    """One table and perhaps one plot for each axis."""
+def ablations_page(study: Study, kept: dict[str, Result], into: Path, starts: dict[str, Result]) -> list[str]:
+    """One table and perhaps one plot for each axis; ``starts`` are the students that variants start from."""
     groups = groups_of(study, kept)
     (data,) = test_sets(groups)
-    lines = [*_opening(study, groups), _reading(study), ""]
+    lines = [*_opening(study, groups), _reading(study, groups), ""]
     for axis in study.axes:
         there = {label: groups[variant] for label, variant in axis.values.items() if variant in groups}
         if axis.reference in there and len(there) > 1:
-            lines += _axis(study, axis, there, data, into)
+            lines += _axis(study, axis, there, data, into, starts)
     return [*lines, *_to_be_known(study, groups, kept)]
 
 
-def _axis(study: Study, axis: Axis, there: Groups, data: str, into: Path) -> list[str]:
+def _axis(study: Study, axis: Axis, there: Groups, data: str, into: Path, starts: dict[str, Result]) -> list[str]:
     rows: list[list[str]] = []
     base = there[axis.reference]
     losses = {label: [run.kept_validation[LOSS] for run in runs] for label, runs in there.items()}
     for label, runs in there.items():
-        differs = "" if label == axis.reference else _against(runs, base, data, study)
+        differs = "" if label == axis.reference else _against(runs, base, [data], study)
+        start = starts.get(axis.values[label])
         rows.append(
             [
                 f"**{label}**" if label == axis.reference else label,
                 str(len(runs)),
                 spread(study.metric, [run.score(data, study.metric) for run in runs]),
                 differs,
+                "" if start is None else _against(runs, [start], [data], study),
                 spread("cross_entropy", losses[label]),
                 spread("divergence", [run.score(data, "divergence") for run in runs]),
                 spread("truncated", [run.score(data, "truncated") for run in runs]),
@@ -248,7 +287,7 @@ def _axis(study: Study, axis: Axis, there: Groups, data: str, into: Path) -> lis
                 minutes(runs),
             ]
         )
-    header = [axis.name, "seeds", score_name(study.metric), f"against {axis.reference}"]
+    header = [axis.name, "seeds", score_name(study.metric), f"against {axis.reference}", "against the student before"]
     header += ["validation loss", "divergence", "cut by length, %"]
     lines = [f"## {axis.name[0].upper()}{axis.name[1:]}", "", axis.about, ""]
     lines += [*table([*header, *USE, "written anew, %", "kept step", "minutes"], rows), ""]
@@ -279,9 +318,9 @@ def time_page(found: dict[str, tuple[Study, dict[str, Result]]], into: Path) -> 
         "The backward pass of a token is nearly the same work in every run of a student: what it took, over the "
         "least of its study, is a run's slowdown, and all its seconds are divided by that, here and on the other "
         "pages. The deviation of what is left over seeds tells how well this serves within a method, and the last "
-        "column how well between them: where a method's backward pass is longer by its forward pass than others' is, "
-        "its seconds come out shorter by about as much. By the clock are the writing of the teacher's responses and "
-        "the training of the teacher, of whose size there is no other run. The teacher's states are not cached, so "
+        "column, of each run, how well between them: where a backward pass is longer by its forward pass than others' "
+        "is, the seconds come out shorter by about as much, so that times are good to so many per cent. By the clock "
+        "are the writing of the teacher's responses and the training of the teacher, of whose size there is no other run. The teacher's states are not cached, so "
         "that each of its readings is paid, but in the studies whose page says so.",
         "",
     ]
@@ -300,18 +339,23 @@ def time_page(found: dict[str, tuple[Study, dict[str, Result]]], into: Path) -> 
             )
             shares = [percent(parts[part] / whole) for part in ("generation", "teacher")]
             slowed = ", ".join(f"{run.slowdown:.2f}" for run in runs)
-            passes = mean(run.parts["student backward"] / run.parts["student forward"] for run in runs)
-            rows.append([named(variant), minutes(runs), ratio, *shares, slowed, f"{passes:.2f}"])
+            passes = [run.parts["student backward"] / run.parts["student forward"] for run in runs]
+            rows.append([named(variant), minutes(runs), ratio, *shares, slowed, ", ".join(f"{p:.2f}" for p in passes)])
         header = ["method", "minutes", f"time / {named(study.baseline)}", "writing, % of the time", "teacher, %"]
         lines += [f"## {study.title}", "", *table([*header, "slowdown of each run", "backward / forward"], rows), ""]
         lines += [f"![seconds of a step by part]({name}-time.svg)", "", written_besides(kept), ""]
     return lines
 
 
+def planned(study: Study) -> int:
+    """The runs of a study, its stages aside."""
+    return sum(len(study.seeds_of.get(variant, study.seeds)) for variant in study.variants)
+
+
 def index_page(found: dict[str, tuple[Study, dict[str, Result]]]) -> list[str]:
     """What there is."""
     rows = [
-        [f"[{study.title}]({name}.md)", str(sum(map(len, groups_of(study, kept).values())))]
+        [f"[{study.title}]({name}.md)", f"{sum(map(len, groups_of(study, kept).values()))} of {planned(study)}"]
         for name, (study, kept) in found.items()
     ]
     return [

@@ -138,10 +138,13 @@ def record_of(folder: Path, metrics: Sequence[str], digest: str) -> dict[str, An
     }
 
 
-def failed(folder: Path, digest: str) -> dict[str, Any]:
-    """What is kept of a run that did not end: how far it came."""
+def failed(folder: Path, digest: str) -> dict[str, Any] | None:
+    """What is kept of a run whose training failed: how far it came. Of one that something else ended there is nothing
+    to tell: it goes on when the study does."""
     found = read_run(folder) if (folder / "run.yaml").is_file() else None
-    return {"settings": digest, "failed": 0 if found is None else found.last_step or 0}
+    if found is None or found.stopped is None or found.stopped["event"] != "failed":
+        return None
+    return {"settings": digest, "failed": found.last_step or 0}
 
 
 def _mean_of(found: RunFolder, name: str) -> float | None:
@@ -235,6 +238,12 @@ def mean_std(values: Sequence[float | None]) -> tuple[float, float | None] | Non
     if not known or len(known) < len(values):
         return None
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
+
+
+def pooled(run: Result, sets: Sequence[str], metric: str) -> float:
+    """A score on the rows of all ``sets`` together, the mean over decoding seeds."""
+    arrays = np.concatenate([run.statistics(data, metric) for data in sets], axis=1)
+    return float(np.mean(METRICS[metric].score(arrays.sum(1))))
 
 
 def difference(system: Sequence[Result], baseline: Sequence[Result], sets: Sequence[str], metric: str) -> Difference:

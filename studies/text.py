@@ -23,6 +23,8 @@ NAMES = {
     "distillm-srkl": "DistiLLM, SRKL",
     "distillm2": "DistiLLM-2",
     "student": "the student before",
+    "student-smaller": "the smaller student before",
+    "student-larger": "the larger student before",
     "sft-3e-4": "SFT at 3e-4",
     "minillm-3e-4": "MiniLLM at 3e-4",
     "kd-3e-4": "KD at 3e-4",
@@ -34,6 +36,7 @@ NAMES = {
     "jsd-mixed": "GKD (JSD, mixed)",
     "gkd-off": "GKD with replay",
     "minillm-off": "MiniLLM with replay",
+    "skl-mixed-off": "SKL, mixed with replay",
     "replay-constant": "SKL, replay constant",
     "replay-increasing": "SKL, replay rising",
 }
@@ -46,8 +49,10 @@ def named(variant: str) -> str:
     """The name of a variant for a reader."""
     loss, _, how = variant.partition("-")
     spaced = how.replace("-", " ").replace("off policy", "off-policy").replace("on policy", "on-policy")
-    plain = ", ".join(filter(None, (loss.upper(), spaced)))
-    return NAMES.get(variant, plain if loss in ("kl", "rkl", "skl", "srkl", "jsd") else variant)
+    told = {"raw": "from random weights", "smaller": "smaller student", "larger": "larger student"}.get(how, spaced)
+    if how and how[0].isdigit():
+        told = f"skew {how}"
+    return NAMES.get(variant, ", ".join(filter(None, (loss.upper(), told))))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -103,7 +108,8 @@ def revisions(runs: Sequence[Result]) -> str:
     commits = sorted({(run.record["git"] or "unknown")[:10] for run in runs})
     days = sorted({run.record["started"][:10] for run in runs})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    return f"revision {', '.join(commits)} (`src/distillm` is tree {', '.join(trees)}), {when}"
+    made_by = f"`src/distillm` of revision {', '.join(commits)} (tree {', '.join(trees)})"
+    return f"{made_by}, {when}; settings beside the results"
 
 
 def machines(runs: Sequence[Result]) -> str:
@@ -122,7 +128,7 @@ def shown_scores(scores: Sequence[str], first: str) -> list[str]:
 def models_table(stages: Sequence[Result], data: str, first: str) -> list[str]:
     """What the teacher and the student before distillation score, and what they cost."""
     systems = [(stage.name, stage, stage.record["scores"]) for stage in stages]
-    untrained = [(f"{stage.name} before that", stage, stage.record["before"]) for stage in stages]
+    untrained = [(f"{stage.name} as it came", stage, stage.record["before"]) for stage in stages]
     systems = [each for pair in zip(untrained, systems, strict=True) for each in pair if data in each[2]]
     names = shown_scores(list(dict.fromkeys(name for _, _, scores in systems for name in scores[data])), first)
     rows = [

@@ -20,7 +20,7 @@ from distillm.types import State
 from . import plots
 from .plan import Study
 from .results import Result
-from .text import table
+from .text import named, table
 
 SKEWS = (0.001, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9)
 SAMPLES = (30, 300)
@@ -76,7 +76,7 @@ def sections(study: Study, kept: dict[str, Result], into: Path) -> list[str]:
             plots.errors(errors, into / f"{name}-errors.svg")
             batches = found["settings"]["batches"]
             lines += [
-                f"## Of {found['of']}",
+                f"## Of the run with {named(stage.analyse)}",
                 "",
                 "**What multiplies the gradient of a token's probability**, at the tokens of the validation rows, skew "
                 "0.1.",
@@ -87,18 +87,21 @@ def sections(study: Study, kept: dict[str, Result], into: Path) -> list[str]:
                 "",
                 "**The error of an estimate**: the laws of both models at "
                 f"{errors[0]['tokens']} validation tokens, after step {errors[0]['step']}, are replaced by the "
-                "frequencies of so many draws; the mean squared error is divided by (1 - a)², as an optimizer that "
-                "normalises gradients would.",
+                "frequencies of so many draws; the mean squared error is divided by (1 - a)², as the paper does, for "
+                "an optimizer that normalises gradients.",
                 "",
                 f"![error of an estimate by skew]({name}-errors.svg)",
                 "",
                 *_errors_table(errors),
                 "",
-                "The paper's bound has its least near a skew of 0.1; in bold is where these errors have theirs.",
+                "The paper's bound has its least near a skew of 0.1; in bold is where these errors have theirs. The "
+                "gradients below shrink faster with the skew than 1 - a does. Divided by their squared norm instead, "
+                f"for the skews that have both, the errors of {SAMPLES[0]} draws are:",
+                "",
+                *_errors_by_norm(errors, rows),
                 "",
                 f"**The gradient of a batch**, for several skews: mean and variance of its norm over {batches} "
-                "batches, at the weights of each checkpoint of the run; no step is made. The coefficient of SKL has "
-                "the factor 1 - a: divide by it to compare.",
+                "batches, at the weights of each checkpoint of the run; no step is made.",
                 "",
                 f"![size and variance of the gradient]({name}.svg)",
                 "",
@@ -114,10 +117,28 @@ def _errors_table(errors: list[dict[str, Any]]) -> list[str]:
         by_skew.setdefault((row["divergence"], row["samples"]), {})[row["alpha"]] = row["normalized"]
     rows: list[list[str]] = []
     for skew in dict.fromkeys(row["alpha"] for row in errors):
-        values = [(f"{found[skew]:.3g}", found[skew] == min(found.values())) for found in by_skew.values()]
-        rows.append([f"{skew:g}", *(f"**{text}**" if least else text for text, least in values)])
+        rows.append([f"{skew:g}", *(_least(found[skew], found) for found in by_skew.values())])
     header = ["skew", *(f"{name.replace('_', ' ')}, {samples} draws" for name, samples in by_skew)]
     return table(header, rows)
+
+
+def _errors_by_norm(errors: list[dict[str, Any]], gradients: list[dict[str, Any]]) -> list[str]:
+    """The squared errors over the squared norm of a batch's gradient, at the checkpoint of the errors."""
+    at = {(row["divergence"], row["alpha"]): row["mean"] for row in gradients if row["step"] == errors[0]["step"]}
+    found: dict[str, dict[float, float]] = {}
+    for row in errors:
+        norm = at.get((row["divergence"], row["alpha"]))
+        if norm is not None and row["samples"] == SAMPLES[0]:
+            squared = row["normalized"] * (1 - row["alpha"]) ** 2
+            found.setdefault(row["divergence"], {})[row["alpha"]] = squared / norm**2
+    skews = list(dict.fromkeys(skew for values in found.values() for skew in values))
+    rows = [[f"{skew:g}", *(_least(values[skew], values) for values in found.values())] for skew in skews]
+    return table(["skew", *(name.replace("_", " ") for name in found)], rows)
+
+
+def _least(value: float, among: dict[float, float]) -> str:
+    """In bold where none is less."""
+    return f"**{value:.3g}**" if value == min(among.values()) else f"{value:.3g}"
 
 
 def _last_coefficients(rows: list[dict[str, float]]) -> list[str]:

@@ -111,6 +111,18 @@ def test_what_stages_tell_is_of_the_settings_beside_it() -> None:
     assert [stage.name for study, stage in there if not make.stage_kept(study, stage, Place())] == []
 
 
+@pytest.mark.parametrize("name", plan.names())
+def test_all_runs_begin_with_the_same_students(name: str) -> None:
+    study = plan.read(name)
+    starts = pages.starts_of(study, {each: (plan.read(each), results.load(folder(each))) for each in plan.names()})
+    found: dict[str, set[str]] = {}
+    for variant, start in starts.items():
+        for run in results.of_variant(results.load(folder(name)), variant):
+            validation = (start.record["parameters"]["student"], run.record["rows"]["validation"])
+            found.setdefault(str(validation), set()).add(json.dumps(run.record["curve"][0][2:]))
+    assert [begun for begun in found.values() if len(begun) > 1] == []
+
+
 def test_all_results_are_of_the_same_code() -> None:
     codes = [values["code"] for _, result in (each.values for each in kept()) if "code" in (values := result.record)]
     assert len(set(codes)) == 1
@@ -169,6 +181,23 @@ def test_a_run_of_other_settings_is_not_taken_for_the_one_that_is_kept(study: St
         make.keep(changed, made)
 
 
+def test_results_are_not_added_to_those_of_a_model_that_is_gone(study: Study, made: Place, tmp_path: Path) -> None:
+    place = Place(made.rows, str(tmp_path), smoke=True)
+    shutil.copytree(make.kept_in(study, made), make.kept_in(study, place))
+    shutil.copytree(Path(made.runs) / "multi30k" / "tokenizer", tmp_path / "multi30k" / "tokenizer")
+    (make.kept_in(study, place) / "sft_seed-1.json").unlink()
+    for path in make.kept_in(study, place).glob("*.json"):
+        path.write_text(path.read_text())
+    stages = {stage.name: plan.stage_run(study, stage, place) for stage in study.stages if stage.train}
+    record = make.kept_in(study, place) / "teacher.json"
+    record.write_text(
+        results.as_json(json.loads(record.read_text()) | {"settings": make.digest(study, stages["teacher"], place)})
+    )
+    with pytest.raises(ConfigError, match=r"teacher is gone, and results that are kept rest on it"):
+        make.make(study, place, Display(quiet=True))
+    assert not Path(stages["teacher"].output).exists()
+
+
 def test_a_run_that_is_not_whole_is_not_kept(study: Study, made: Place, tmp_path: Path) -> None:
     place = Place(made.rows, str(tmp_path), smoke=True)
     whole = Path(made.runs) / "multi30k" / "sft_seed-1"
@@ -194,6 +223,8 @@ def test_a_run_that_fails_is_kept_as_one_and_shown(study: Study, made: Place, tm
     assert "sft_seed-1" in "".join(make.make(failing, place, Display(quiet=True)))
     kept = results.load(make.kept_in(failing, place))
     assert kept["sft_seed-1"].record["failed"] == 1
+    assert results.failed(tmp_path / "never begun", "digest") is None
+    assert results.failed(Path(made.runs) / "multi30k" / "sft_seed-1", "digest") is None  # it did not fail
     page = "\n".join(pages.methods_page(failing, kept, tmp_path))
     assert "sft_seed-1 did not come to its end: it failed after step 1." in page
     assert "Not made yet: SFT (seed 2, 3); KD (seed 1, 2, 3); " in page
@@ -296,7 +327,7 @@ def test_claims_are_decided_by_the_interval(apart: float, verdict: str, monkeypa
     rows = [line for line in page.splitlines() if line.startswith("| [samsum]")]
     assert [row.split(" | ")[-1].strip(" |") for row in rows] == [verdict, "held", "open", "missed", "held"]
     assert f"{apart:+.0f}"[:2] in rows[0] or verdict == "open"
-    assert "| time, 0.286 of it at most | 0.28 of its time |" in rows[2]
+    assert "| time, the other's at least 3.5 times | 3.56 times |" in rows[2]
     assert "2.0 M into 1.0 M, 10 steps, 3 seeds" in rows[0]
 
 
@@ -309,11 +340,11 @@ def test_one_seed_decides_nothing_but_a_stage_is_no_draw(monkeypatch: pytest.Mon
     monkeypatch.setattr(claims, "read", lambda: [claims.Claim(claim="So", where="There", comparisons=comparisons)])
     page = claims.page({"samsum": (study, {run.name: run for run in runs})})
     one, stage = (line for line in page if line.startswith("| [samsum]"))
-    assert one.endswith("1 seed | open, on one seed |")
+    assert one.endswith("1 seed | one seed, for it |")
     assert "‡" not in one
     assert stage.endswith("2 seeds | held |")
     assert "‡" in stage
-    assert "| So | 1 | 1 | 0 | 0 |" in page
+    assert "| So | 1 | 0 | 0 | 0 | 1 |" in page
 
 
 @pytest.mark.parametrize(
@@ -326,10 +357,18 @@ def test_one_seed_decides_nothing_but_a_stage_is_no_draw(monkeypatch: pytest.Mon
         ("skl-noise-0.1", "SKL, noise 0.1"),
         ("distillm2", "DistiLLM-2"),
         ("student", "the student before"),
+        ("skl-0.3", "SKL, skew 0.3"),
+        ("sft-smaller", "SFT, smaller student"),
+        ("srkl-raw", "SRKL, from random weights"),
     ],
 )
 def test_variants_have_names_for_readers(variant: str, name: str) -> None:
     assert named(variant) == name
+
+
+def test_what_claims_compare_has_names_for_readers() -> None:
+    compared = {v for claim in claims.read() for each in claim.comparisons for v in (each.better, each.than)}
+    assert {name for name in map(named, compared) if not re.match(r"[A-Z]|\w*KD|the .*student before", name)} == set()
 
 
 def test_several_test_sets_count_by_their_rows() -> None:
@@ -344,6 +383,17 @@ def test_several_test_sets_count_by_their_rows() -> None:
     apart = [a - b for a, b in values]
     assert first.difference == pytest.approx(apart[0])
     assert whole.difference == pytest.approx((300 * apart[0] + 100 * apart[1]) / 400)
+    together = [results.pooled(run, ["set", "other"], "rouge_l") for run in runs]
+    assert together[0] - together[1] == pytest.approx(whole.difference)
+    groups = {"kd": runs[:1], "sft": runs[1:]}
+    for run in runs:
+        run.record["scores"]["other"] = run.record["scores"]["set"]
+        run.record |= {"batches": {"dataset": 1, "generated": 0, "replayed": 0}, "probability": None, "kept_step": 5}
+    study = plan.read("samsum")
+    all_sets = pages._scores(study, groups, {run.name: run for run in runs}, ["set", "other"])
+    assert f"| KD | 1 | {together[0]:.2f} | {whole.difference:+.2f} [" in all_sets[2]
+    assert "minutes" in all_sets[0]
+    assert "minutes" not in pages._scores(study, groups, {}, ["set"], alone=False)[0]
 
 
 def test_what_slowed_a_run_down_is_taken_out(tmp_path: Path) -> None:
