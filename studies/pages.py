@@ -320,8 +320,9 @@ def time_page(found: dict[str, tuple[Study, dict[str, Result]]], into: Path) -> 
         "pages. The deviation of what is left over seeds tells how well this serves within a method, and the last "
         "column, of each run, how well between them: where a backward pass is longer by its forward pass than others' "
         "is, the seconds come out shorter by about as much, so that times are good to so many per cent. By the clock "
-        "are the writing of the teacher's responses and the training of the teacher, of whose size there is no other run. The teacher's states are not cached, so "
-        "that each of its readings is paid, but in the studies whose page says so.",
+        "are the writing of the teacher's responses and the training of the teacher, of whose size there is no other "
+        "run. The teacher's states are not cached, so that each of its readings is paid, but in the studies whose page "
+        "says so.",
         "",
     ]
     for name, (study, kept) in found.items():
