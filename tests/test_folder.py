@@ -1,6 +1,7 @@
 """The run folder: refused, resumed, overwritten; lines, checkpoints and scores that come and go."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,27 @@ def test_resuming_finds_the_newest_whole_checkpoint_and_sweeps_scratch(tmp_path:
 
 def test_resuming_an_empty_folder_begins(tmp_path: Path):
     assert RunFolder(tmp_path / "deep" / "new").open(resume=True, overwrite=False) is None
+
+
+def test_a_finished_student_without_checkpoints_is_not_trained_anew_in_silence(tmp_path: Path):
+    folder = a_run(tmp_path)
+    for checkpoint in list_checkpoints(folder.checkpoints):
+        shutil.rmtree(checkpoint)
+    before = names(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"no checkpoint to go on from: they were deleted. Score it by `distillm eval`"
+    ):
+        folder.open(resume=True, overwrite=False)
+    assert names(tmp_path) == before
+    assert folder.open(resume=False, overwrite=True) is None
+
+
+def test_one_run_at_a_time_works_in_a_folder(tmp_path: Path):
+    taken = pytest.raises(ConfigError, match=r"another process is at work in .*a: wait for it, or stop it")
+    with RunFolder(tmp_path / "a").held(), RunFolder(tmp_path / "b").held(), taken, RunFolder(tmp_path / "a").held():
+        pass
+    with RunFolder(tmp_path / "a").held():
+        assert names(tmp_path / "a") == []
 
 
 def test_resuming_wins_over_overwriting(tmp_path: Path):

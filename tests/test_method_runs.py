@@ -4,6 +4,9 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -19,8 +24,9 @@ from distillm.checkpoint import list_checkpoints, step_of
 from distillm.cli import app
 from distillm.config import load_run
 from distillm.errors import ConfigError, DataError, Interrupted, ModelError, TrainingError
+from distillm.folder import RunFolder
 from distillm.methods import METHODS, REPLAY_RATIO
-from distillm.models import load_model
+from distillm.models import load_model, load_tokenizer, save_model
 from distillm.pipeline import distill
 from distillm.project import build
 from distillm.sweep import cells_of, run_sweep
@@ -257,6 +263,25 @@ def test_runs_side_by_side_are_those_in_turn(made: Path, tmp_path: Path) -> None
         assert [e["loss"] for e in steps_in(one)] == pytest.approx([e["loss"] for e in steps_in(other)], rel=1e-5)
 
 
+def test_a_sweep_that_a_scheduler_ends_ends_its_runs(made: Path, tmp_path: Path) -> None:
+    base = grid_file(made, tmp_path)
+    command = [sys.executable, "-m", "distillm", "sweep", str(base), "seed=1,2", "train.steps=100000", "--jobs", "2"]
+    sweep = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    folders = [tmp_path / "runs" / f"seed-{seed}" for seed in (1, 2)]
+    waited = time.monotonic() + 240
+    while not all(list_checkpoints(folder / "checkpoints") for folder in folders):
+        assert sweep.poll() is None
+        assert time.monotonic() < waited
+        time.sleep(0.1)
+    sweep.send_signal(signal.SIGTERM)
+    _, said = sweep.communicate(timeout=120)
+    assert sweep.returncode == 143, said
+    assert "stopped by SIGTERM; the same command goes on" in said
+    for folder in folders:  # no process is at work in them any more
+        with RunFolder(folder).held():
+            assert list_checkpoints(folder / "checkpoints")
+
+
 def test_a_run_that_fails_does_not_stop_the_others(made: Path, tmp_path: Path) -> None:
     base = grid_file(made, tmp_path)
     result = CliRunner().invoke(app, ["sweep", str(base), "optim.lr=1e30,0.01", "train.steps=4"])
@@ -412,6 +437,35 @@ def test_lora_says_what_it_cannot_do(made: Path, tmp_path: Path) -> None:
     changes = LORA | {"student.lora": {"targets": ["no_such_layer"]}}
     with pytest.raises(ConfigError, match=r"student\.lora\.targets"):
         distill(tiny_run(made, tmp_path / "run", changes))
+
+
+@pytest.mark.parametrize("changes", [{}, {"student.lora": {"r": 2}, "student.dropout": None}])
+def test_a_student_that_starts_from_an_adapters_folder_is_saved_whole(
+    made: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    first = distill(tiny_run(made, tmp_path / "first", LORA | {"student.lora": {"r": 4, "merge": False}}))
+    again = {"student.path": str(first / "student"), "data.text": None, "train.steps": 2} | changes
+    student = distill(tiny_run(made, tmp_path / "again", again)) / "student"
+    saved = load_file(student / "model.safetensors")
+    assert saved.keys() == load_file(made / "student" / "model.safetensors").keys()
+    AutoModelForCausalLM.from_pretrained(student)
+    load_model(student, device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+def test_an_adapter_with_layers_that_were_trained_whole_is_merged(made: Path, tmp_path: Path) -> None:
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(made / "teacher"),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False),
+    )
+    with torch.no_grad():
+        model.get_parameter("base_model.model.lm_head.modules_to_save.default.weight").mul_(2)
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 9, 17, 4]])
+    loaded = load_model(tmp_path, device="cpu")
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    save_model(loaded, load_tokenizer(made / "teacher"), tmp_path / "saved")
+    torch.testing.assert_close(load_model(tmp_path / "saved", device="cpu")(ids).logits, model(ids).logits)
 
 
 def test_gpt2_takes_an_adapter_too(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from distillm.models import (
     load_model,
     load_tokenizer,
     num_parameters,
+    save_model,
 )
 from distillm.shrinking import shrink
 from tiny import save, tiny_causal, tiny_config, tiny_seq2seq, tiny_tokenizer
@@ -26,6 +27,16 @@ from tiny_gguf import write_gguf
 
 CAUSAL = ["llama", "qwen2", "gemma2", "cohere", "granite", "gpt2", "opt", "gpt_neox"]
 SEQ2SEQ = ["bart", "marian", "t5"]
+
+
+def test_generation_settings_that_contradict_each_other_do_not_keep_a_model_from_being_saved(tmp_path: Path) -> None:
+    folder = save(tiny_causal(), tiny_tokenizer(), tmp_path / "a")
+    (folder / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "bos_token_id": 3}')
+    model = load_model(folder, device="cpu")
+    model.generation_config.eos_token_id = [5, 6]
+    save_model(model, load_tokenizer(folder), tmp_path / "b")
+    kept = load_model(tmp_path / "b", device="cpu").generation_config
+    assert (kept.bos_token_id, kept.eos_token_id, kept.temperature) == (3, [5, 6], None)
 
 
 def tiny(kind: str, **changes: Any) -> Any:

@@ -64,8 +64,26 @@ def test_an_adapter_on_an_encoder_decoder(made: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     run = tiny_run(made, tmp_path / "run", SHORT | {"student.lora": {"r": 2}, "student.dropout": None})
     assert (distill(run) / "student" / "model.safetensors").exists()
+    alone = tiny_run(
+        made, tmp_path / "alone", SHORT | {"student.lora": {"r": 2, "merge": False}, "student.dropout": None}
+    )
+    settings = json.loads((distill(alone) / "student" / "adapter_config.json").read_text())
+    assert settings["task_type"] == "SEQ_2_SEQ_LM"
     own = {"student.lora": {"r": 2}, "student.dropout": None, "teacher": {"adapter_off": True}}
     distill(tiny_run(made, tmp_path / "own", SHORT | own))
+
+
+@pytest.mark.parametrize("made", ["bart"], indirect=True)
+def test_a_teacher_whose_decoder_starts_with_another_token(made: Path, tmp_path: Path) -> None:
+    other = made / "starts-with-4"
+    save(tiny_seq2seq("bart", layers=1, seed=2, decoder_start_token_id=4), tiny_tokenizer(), other)
+    changes = SHORT | {"student.path": str(other), "evaluation.compare": ["teacher"]}
+    folder = distill(tiny_run(made, tmp_path / "run", changes))
+    alone = distill(tiny_run(made, tmp_path / "alone", SHORT | {"evaluation.compare": ["teacher"]}))
+    scores = [json.loads((f / "eval" / "numbers-teacher.json").read_text())["scores"] for f in (folder, alone)]
+    assert scores[0] == scores[1]
+    with pytest.raises(ConfigError, match=r"their decoders start with different ones; set method.teacher_mix=0"):
+        distill(tiny_run(made, tmp_path / "minillm", changes | {"method": {"name": "minillm"}}))
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(made: Path, tmp_path: Path) -> None:

@@ -392,7 +392,7 @@ def test_several_test_sets_count_by_their_rows() -> None:
     all_sets = pages._scores(study, groups, {run.name: run for run in runs}, ["set", "other"])
     assert f"| KD | 1 | {together[0]:.2f} | {whole.difference:+.2f} [" in all_sets[2]
     assert "minutes" in all_sets[0]
-    assert "minutes" not in pages._scores(study, groups, {}, ["set"], alone=False)[0]
+    assert "minutes" not in pages._scores(study, groups, {run.name: run for run in runs}, ["set"], alone=False)[0]
 
 
 def test_what_slowed_a_run_down_is_taken_out(tmp_path: Path) -> None:

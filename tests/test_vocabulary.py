@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from distillm.errors import DataError, ModelError
-from distillm.vocabulary import end_ids, padded_note, shared_tokens, train_tokenizer
+from distillm.vocabulary import end_ids, padded_note, shared_tokens, text_end, train_tokenizer
 from tiny import CHAT_TEMPLATE, SENTENCES, tiny_causal, tiny_tokenizer
 
 
@@ -35,6 +35,15 @@ def test_first_token_that_differs_is_named() -> None:
     assert student.convert_ids_to_tokens(2) == "<unk>"
     with pytest.raises(ModelError, match="token 2 is '!' for the teacher and '<unk>' for the student"):
         shared_tokens(student, teacher)
+
+
+def test_a_text_ends_with_the_models_token_where_the_tokenizer_has_none() -> None:
+    tokenizer = tiny_tokenizer()
+    assert text_end(tokenizer, [7]) == tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    assert text_end(tokenizer, [50_256, 7]) == 7
+    with pytest.raises(ModelError, match=r"the model's \(50256\) is none of its 300 tokens"):
+        text_end(tokenizer, [50_256])
 
 
 def test_different_end_tokens_are_refused() -> None:

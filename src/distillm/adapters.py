@@ -17,6 +17,8 @@ from .errors import ConfigError, ModelError
 from .heads import eval_mode
 from .paths import is_file
 
+_CONVERSIONS = "_weight_conversions"
+
 
 def add_adapter(
     model: PreTrainedModel, *, r: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int
@@ -37,7 +39,7 @@ def add_adapter(
         lora_alpha=cast(Any, alpha),
         lora_dropout=dropout,
         target_modules="all-linear" if targets is None else list(targets),
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's linear layers
     )
     try:
@@ -71,7 +73,10 @@ def base_of(folder: Path) -> str | None:
 
 def with_saved_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """``model`` with the adapter in ``folder`` merged into its weights."""
+    # Loading leaves how names in peft's files become the model's, which saving would undo: what is saved is no adapter.
+    conversions = getattr(model, _CONVERSIONS, None)
     model.load_adapter(str(folder))
+    setattr(model, _CONVERSIONS, conversions)
     return _merge(model)
 
 
@@ -82,12 +87,16 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 
 def _merge(model: PreTrainedModel) -> PreTrainedModel:
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
 
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, BaseTunerLayer):
                 child.merge()
                 setattr(module, name, child.get_base_layer())
+            elif isinstance(child, ModulesToSaveWrapper):  # a layer that was trained whole
+                setattr(module, name, child.modules_to_save[child.active_adapters[0]])
+    model.__dict__.pop("peft_config", None)  # else another adapter would be a second one
     model._hf_peft_config_loaded = False  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
     return model
 

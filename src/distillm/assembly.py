@@ -49,7 +49,16 @@ def make_method(
     """The run's method over ``train``, with the language-model loss on ``text`` where there is any.
 
     ``phase`` shows the progress of writing more than a step's responses at once.
+
+    Raises:
+        ConfigError: student and teacher cannot be drawn from together.
     """
+    pair, mixes = models.pair, isinstance(run.method, MiniLlm) and run.method.teacher_mix > 0
+    if mixes and pair.layout_for("teacher").start != pair.layout.start:
+        raise ConfigError(
+            "method.teacher_mix draws from student and teacher at the same tokens, and their decoders start with "
+            "different ones; set method.teacher_mix=0"
+        )
     sampling = make_sampling(run)
 
     def write(

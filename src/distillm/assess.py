@@ -101,7 +101,8 @@ def _teacher_alone(models: Models) -> Pair | None:
     teacher = models.pair.teacher
     if models.teacher is None or not isinstance(teacher, LocalTeacher):
         return None
-    return replace(models.pair, student=models.teacher, read_student=teacher.reader, teacher=None, cache=None)
+    read = {"student": models.teacher, "read_student": teacher.reader, "layout": teacher.layout}
+    return replace(models.pair, **read, teacher=None, cache=None)
 
 
 def _reads_as(models: Models, model: PreTrainedModel) -> Literal["student", "teacher"]:

@@ -1,6 +1,7 @@
 """The run folder: what a run writes while it goes on. See docs/architecture.md for the format of each file."""
 
 import json
+import os
 import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -10,8 +11,13 @@ from typing import Any
 from .checkpoint import DAMAGED, list_checkpoints, newest_whole, remove, sweep
 from .errors import ConfigError, StorageError
 from .paths import is_dir, is_file
-from .processes import by_first, first_alone
+from .processes import by_first, first_alone, writes
 from .writing import write_text
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 TOKENS = "tokens.jsonl"
 
@@ -29,6 +35,21 @@ class RunFolder:
         self.condemned = False
         self.damaged: list[str] = []
 
+    @contextmanager
+    def held(self) -> Generator[None]:
+        """No other run works in the folder meanwhile, where the system has such locks.
+
+        Raises:
+            ConfigError: another one does.
+            StorageError: the folder cannot be made.
+        """
+        lock = by_first(lambda: _locked(self.path))
+        try:
+            yield
+        finally:
+            if lock is not None and writes():
+                os.close(lock)
+
     def open(self, *, resume: bool, overwrite: bool) -> Path | None:
         """Make the folder, or go on in it; the newest whole checkpoint to resume from, if there is one.
 
@@ -36,7 +57,7 @@ class RunFolder:
 
         Raises:
             ConfigError: there is a run in it already, and neither ``resume`` nor ``overwrite`` is given; or there is a
-                ``student`` in it that no run wrote.
+                ``student`` in it that no run wrote; or one without a checkpoint to resume from.
             StorageError: the folder cannot be made; or there are checkpoints to resume from, and none of them is whole.
         """
         found, self.damaged, self.condemned = by_first(lambda: self._open(resume=resume, overwrite=overwrite))
@@ -61,6 +82,11 @@ class RunFolder:
             found, damaged = newest_whole(self.checkpoints) if resume else (None, [])
         except OSError as error:
             raise StorageError(f"could not make the run folder {self.path}: {error}") from error
+        if resume and found is None and not damaged and is_dir(self.student):
+            raise ConfigError(
+                f"{self.path} holds a finished student, and no checkpoint to go on from: they were deleted. Score it "
+                "by `distillm eval`, begin anew by overwrite=true, or choose another folder by output=..."
+            )
         if damaged and found is None:
             said = "\n".join(damaged)
             raise StorageError(f"{said}\nNo whole checkpoint is left: the same command begins the run anew.")
@@ -159,6 +185,26 @@ class RunFolder:
     def has_eval(self, name: str) -> bool:
         """Whether ``eval/NAME.json`` is there already and can be read, for all processes alike."""
         return by_first(lambda: _holds_scores(self.path / "eval" / f"{name}.json"))
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that keeps others out until it is closed, by whatever ends the process; None without locks."""
+    if fcntl is None:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise StorageError(f"could not make the run folder {folder}: {error}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(f"another process is at work in {folder}: wait for it, or stop it") from None
+    except OSError:  # some network file systems have none
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 @contextmanager

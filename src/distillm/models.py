@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -54,12 +55,12 @@ _DROPOUT = re.compile(
     r"^(?!classifier|summary|moe_token|adaptor|speech|t2u|var_pred).*(dropout(_prob|_rate|_p)?|pdrop)$"
 )
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
-# Understood by transformers though no default configuration lists them.
-_UNLISTED = {
-    *("rope_theta", "rope_scaling", "attn_implementation", "dtype"),
+_IDS = (
     *("bos_token_id", "eos_token_id", "pad_token_id"),
     *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
-}
+)
+# Understood by transformers though no default configuration lists them.
+_UNLISTED = {*("rope_theta", "rope_scaling", "attn_implementation", "dtype"), *_IDS}
 
 
 def best_device() -> str:
@@ -418,6 +419,12 @@ def save_model(
 
     ``weights`` stand in for the model's own, as where those are spread over processes.
     """
+    settings = model.generation_config
+    try:
+        settings.validate(strict=True)
+    except ValueError:  # some models have settings that contradict each other, which transformers loads and never saves
+        ids = {name: value for name in _IDS if (value := getattr(settings, name, None)) is not None}
+        model.generation_config = GenerationConfig(**ids)
     with quiet(folder, None):
         model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)

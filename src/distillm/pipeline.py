@@ -54,8 +54,8 @@ def distill(run: Run, display: Display | None = None, command: str | None = None
     with _all_heard(run, folder) as met:
         accelerator = make_accelerator(run, several=True)
         display = display if display is not None and writes() else Display(quiet=True)
-        checkpoint = folder.open(resume=run.resume == "auto", overwrite=run.overwrite)
-        with _interruptible(display) as stop, kept_by(account_for(run.device)):
+        with folder.held(), _interruptible(display) as stop, kept_by(account_for(run.device)):
+            checkpoint = folder.open(resume=run.resume == "auto", overwrite=run.overwrite)
             project = build(run, display, stop, folder, accelerator)
             met.append(project)
             _whole(project, checkpoint, command)

@@ -1,6 +1,7 @@
 """The objects of a run, ready for ``training_steps``."""
 
 import math
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -276,6 +277,8 @@ def save_student(run: Run, models: Models, target: Path) -> None:
             student.generation_config.pad_token_id = models.pair.layout.pad_id
             saved = merged(student) if lora is not None and lora.merge else student
             save_model(saved, models.tokenizer, scratch, weights=spread)
+            for licence in target.glob("LICENSE*"):  # which the user laid there
+                shutil.copy2(licence, scratch)
 
     by_first(write)
 

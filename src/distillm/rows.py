@@ -15,7 +15,7 @@ from .paths import home, is_dir
 from .tasks import CHAT
 from .teacher import Responses
 from .types import Example, as_teacher_reads, last_turn
-from .vocabulary import turn_end
+from .vocabulary import text_end, turn_end
 
 
 @dataclass
@@ -130,7 +130,7 @@ def load_rows(run: Run, read: Read, models: Models, note: Note) -> RowSets:
         check_room(models, found.examples, run.generation.max_new_tokens)
     text: list[Example] = []
     if data.text is not None and data.text_weight > 0:
-        end_id = cast(int, models.tokenizer.eos_token_id)
+        end_id = text_end(models.tokenizer, models.end_ids)
         path, chosen = _text_of(data, data.text)
         text = text_examples(path, models.tokenizer, length=data.text_length, end_id=end_id, **chosen)
         check_room(models, text)
@@ -198,7 +198,7 @@ def end_of_response(data: Data, models: Models) -> int:
     """The token that ends a response: the chat template's own where that is used, else the tokenizer's."""
     if data.prompt == CHAT:
         return turn_end(models.tokenizer, models.end_ids)
-    return cast(int, models.tokenizer.eos_token_id)
+    return text_end(models.tokenizer, models.end_ids)
 
 
 def tokenised(

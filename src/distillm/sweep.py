@@ -7,17 +7,19 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.table import Table
 
 from .config import Run, as_yaml, changed, make_run, read_yaml
 from .display import Display, clock
-from .errors import ConfigError, DistillmError, Interrupted
+from .errors import ConfigError, DistillmError, Interrupted, Terminated
 from .pipeline import distill
 from .project import build
 from .report import read_run
@@ -25,6 +27,8 @@ from .report.grid import grid, grid_cells, grid_markdown
 from .writing import write_text
 
 _OUTSIDE = re.compile(r""",(?![^\[]*\])(?![^{]*\})""")  # a comma that separates values, not one inside [..] or {..}
+
+_ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ def _together(waiting: Sequence[Cell], display: Display, jobs: int) -> dict[str,
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     queue = [cell for cell in waiting if cell.run.output not in failed]
     running = dict[Any, tuple[Cell, Path]]()
+    before = {asked: signal.signal(asked, _stopped) for asked in _ENDS} if _in_main_thread() else {}
     try:
         while queue or running:
             while queue and len(running) < jobs:
@@ -173,7 +178,18 @@ def _together(waiting: Sequence[Cell], display: Display, jobs: int) -> dict[str,
             process.send_signal(signal.SIGINT)
         for process in running:
             process.wait()
+        for asked, handler in before.items():
+            signal.signal(asked, handler)
     return failed
+
+
+def _stopped(by: int, _: FrameType | None) -> None:
+    """A scheduler's signal, or that of a terminal that closes: nobody would stop the processes that are running."""
+    raise Terminated(f"stopped by {signal.Signals(by).name}; the same command goes on")
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def write_table(cells: Sequence[Cell], folder: Path) -> Table:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import DataError, StorageError
 from .generation import Sampling
-from .processes import first_alone, together, writes
+from .processes import by_first, first_alone, together, writes
 from .types import Example, answer, last_turn
 from .writing import write_text
 
@@ -47,7 +47,7 @@ class Responses:
         self.header: dict[str, Any] = {"teacher": teacher, "weights": weights, "decoding": asdict(sampling)}
         if sampling.temperature > 0:
             self.header["seed"] = seed
-        self.known = self._read()
+        self.known = by_first(self._read)  # the same for all processes, while one of them is writing already
 
     def __call__(self, prompts: Sequence[Example]) -> list[Example]:
         """``prompts`` with the teacher's responses, in order."""

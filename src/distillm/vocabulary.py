@@ -71,6 +71,22 @@ def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def text_end(tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> int:
+    """The token that ends a text: the tokenizer's end token, or the first of ``end_ids`` where it has none.
+
+    Raises ModelError where those lie outside the vocabulary.
+    """
+    if tokenizer.eos_token_id is not None:
+        return cast(int, tokenizer.eos_token_id)
+    found = next((i for i in end_ids if i < len(tokenizer)), None)
+    if found is None:
+        raise ModelError(
+            f"the tokenizer has no end token, and the model's ({', '.join(map(str, end_ids))}) is none of its "
+            f'{len(tokenizer)} tokens; set "eos_token" in tokenizer_config.json'
+        )
+    return found
+
+
 def turn_end(tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> int:
     """The token that ends the assistant's turn in the chat template: the first of ``end_ids`` after its text.
 
@@ -78,7 +94,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> int:
     """
     after = behind_response(tokenizer)
     ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
-    return next((i for i in ids if i in end_ids), cast(int, tokenizer.eos_token_id))
+    written = next((i for i in ids if i in end_ids), None)
+    return text_end(tokenizer, end_ids) if written is None else written
 
 
 def behind_response(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -3,9 +3,7 @@
 import base64
 import gzip
 import hashlib
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -15,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from ..errors import StorageError
+from ..writing import make_folder_of, write_text
 from . import heat
 from .charts import (
     Figure,
@@ -89,15 +87,8 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     written.
     """
     text = render(read_runs(runs))
-    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, output)
-    except OSError as error:
-        with suppress(OSError):  # its folder may be what is wrong
-            aside.unlink()
-        raise StorageError(f"the report could not be written to {output}: {error.strerror or error}") from error
+    make_folder_of(output)
+    write_text(output, text)
     return output
 
 
