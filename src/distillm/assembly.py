@@ -18,7 +18,7 @@ from .config import Run
 from .errors import ConfigError
 from .generation import Mixture, Sampling, generate
 from .loading import Models
-from .method_settings import Distillation, Distillm2, MiniLlm
+from .method_settings import MiniLlm
 from .methods import Context, Method
 from .processes import count, rank
 from .sources import ReplayBuffer
@@ -30,12 +30,8 @@ Phase = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
 
 
 def make_buffer(run: Run, num_prompts: int) -> ReplayBuffer:
-    """As large as the run's method needs; DistiLLM-2 keeps an epoch's responses, two for each prompt."""
-    if isinstance(run.method, Distillm2):
-        return ReplayBuffer(2 * num_prompts)
-    if not isinstance(run.method, Distillation | MiniLlm) or not run.method.replays:
-        return ReplayBuffer(1)
-    return ReplayBuffer(run.method.capacity * (count() if run.method.capacity_per_process else 1))
+    """As large as the run's method needs."""
+    return ReplayBuffer(run.method.buffer_rows(num_prompts, count()))
 
 
 def make_method(

@@ -15,7 +15,6 @@ from .config import Run
 from .errors import ConfigError
 from .kept_teacher import KeptTeacher, missing
 from .loading import Models, Note
-from .method_settings import Distillation, Distillm2, MiniLlm
 from .methods import Method
 from .model_settings import Teacher
 from .paths import nearest_folder
@@ -112,7 +111,7 @@ def states_needed(
 ) -> Need:
     """What keeping the teacher's states would take at most in a run of ``steps`` steps."""
     assert run.teacher is not None
-    again = method.reads_teacher and not _on_policy(run) and steps * run.train.batch_size > len(train)
+    again = method.reads_teacher and run.method.written_share != 1 and steps * run.train.batch_size > len(train)
     row_bytes = _width(models) * getattr(torch, run.teacher.dtype).itemsize
     # Test rows are read before training and after it, and not kept: `eval`, which has no cache, reads them in batches
     # and gives the very scores of the run. A server's answers have no such last bits, and cost more.
@@ -193,18 +192,9 @@ def memory_for_states() -> int:
     return int(MEMORY_SHARE * psutil.virtual_memory().available / count_here())
 
 
-def _on_policy(run: Run) -> bool:
-    return isinstance(run.method, MiniLlm | Distillm2) or (
-        isinstance(run.method, Distillation) and run.method.sampling == "on_policy"
-    )
-
-
 def _replayed_tokens(run: Run) -> int:
     """The most tokens that a buffer of student responses holds."""
-    method = run.method
-    if not isinstance(method, Distillation | MiniLlm) or not method.replays:
-        return 0
-    return method.capacity * run.generation.max_new_tokens
+    return run.method.buffer_rows() * run.generation.max_new_tokens if run.method.replays else 0
 
 
 def _tokens(examples: Sequence[Example]) -> int:

@@ -230,9 +230,9 @@ class Run(Section):
                 "the learning rate never reaches optim.lr"
             )
         method = self.method
-        if isinstance(method, Distillation | MiniLlm) and method.replays and method.capacity < self.train.batch_size:
+        if method.replays and method.buffer_rows() < self.train.batch_size:
             raise ValueError(
-                f"method.capacity ({method.capacity}) must be at least train.batch_size "
+                f"method.capacity ({method.buffer_rows()}) must be at least train.batch_size "
                 f"({self.train.batch_size}): a student step draws a whole batch from the replay buffer"
             )
         if isinstance(method, MiniLlm) and self.generation.temperature == 0:

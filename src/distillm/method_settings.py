@@ -41,21 +41,45 @@ class Section(BaseModel):
     )
 
 
-class Sft(Section):
+class MethodSettings(Section):
+    """What all methods are asked; these are the answers of one that trains on the data's rows alone."""
+
+    @property
+    def written_share(self) -> float:
+        """The share of steps that train on the student's responses; of one that validation moves, a half is assumed."""
+        return 0.0
+
+    @property
+    def replays(self) -> bool:
+        """Whether earlier responses are used again."""
+        return False
+
+    @property
+    def monitored(self) -> str:
+        """What of validations tells whether the student got worse."""
+        return "validation_loss"
+
+    def buffer_rows(self, num_prompts: int = 0, num_processes: int = 1) -> int:
+        """Rows that are kept to be used again."""
+        del num_prompts, num_processes
+        return 1
+
+
+class Sft(MethodSettings):
     """Supervised fine-tuning: cross-entropy on the responses."""
 
     name: Literal["sft"] = "sft"
     """Supervised fine-tuning."""
 
 
-class SeqKd(Section):
+class SeqKd(MethodSettings):
     """Sequence-level KD: cross-entropy on the teacher's responses to the training prompts (arXiv:1606.07947)."""
 
     name: Literal["seqkd"] = "seqkd"
     """Sequence-level KD."""
 
 
-class Distillation(Section):
+class Distillation(MethodSettings):
     """A divergence per token, and a way to use what the student itself writes: every cell of the paper's ablations."""
 
     divergence: DivergenceName
@@ -115,9 +139,23 @@ class Distillation(Section):
     vocabulary, ends aside, before a step trains on them."""
 
     @property
+    def written_share(self) -> float:
+        """Of an adaptive probability a half."""
+        return {"none": 0.0, "on_policy": 1.0, "mixed": self.student_fraction}.get(self.sampling, 0.5)
+
+    @property
     def replays(self) -> bool:
-        """Whether earlier responses are used again."""
+        """By off_policy, or as DistiLLM does."""
         return self.off_policy or self.sampling == "adaptive_off_policy"
+
+    @property
+    def monitored(self) -> str:
+        """As `trigger` says."""
+        return self.trigger
+
+    def buffer_rows(self, num_prompts: int = 0, num_processes: int = 1) -> int:
+        """The capacity, where earlier responses are used again."""
+        return _capacity(self, num_processes)
 
     @property
     def adapts(self) -> bool:
@@ -212,7 +250,7 @@ class Distillm(Distillation):
     """adaptive_off_policy as published; the others as ablations, see kd."""
 
 
-class MiniLlm(Section):
+class MiniLlm(MethodSettings):
     """MiniLLM: reverse KL of whole responses, by policy gradient (arXiv:2306.08543)."""
 
     name: Literal["minillm"] = "minillm"
@@ -239,9 +277,18 @@ class MiniLlm(Section):
     it is. The importance weights then correct for the age."""
 
     @property
+    def written_share(self) -> float:
+        """All."""
+        return 1.0
+
+    @property
     def replays(self) -> bool:
-        """Whether earlier responses are used again."""
+        """By off_policy."""
         return self.off_policy
+
+    def buffer_rows(self, num_prompts: int = 0, num_processes: int = 1) -> int:
+        """The capacity, where earlier responses are used again."""
+        return _capacity(self, num_processes)
 
     @model_validator(mode="after")
     def _fits(self) -> "MiniLlm":
@@ -251,7 +298,12 @@ class MiniLlm(Section):
         return self
 
 
-class Distillm2(Section):
+def _capacity(method: Distillation | MiniLlm, num_processes: int) -> int:
+    each = method.capacity if method.replays else 1
+    return each * (num_processes if method.replays and method.capacity_per_process else 1)
+
+
+class Distillm2(MethodSettings):
     """DistiLLM-2: skew KL on the teacher's and skew reverse KL on the student's responses (arXiv:2503.07067)."""
 
     name: Literal["distillm2"] = "distillm2"
@@ -263,6 +315,15 @@ class Distillm2(Section):
     both weights 1."""
     detach_mixture: bool = False
     """Let no gradient flow through the mixture inside the skew reverse KL (the authors' code)."""
+
+    @property
+    def written_share(self) -> float:
+        """All: half of the rows of each step."""
+        return 1.0
+
+    def buffer_rows(self, num_prompts: int = 0, num_processes: int = 1) -> int:
+        """An epoch's responses, two for each prompt."""
+        return 2 * num_prompts
 
 
 Method = Annotated[

@@ -25,7 +25,7 @@ from .evaluation.run import decode, seeds_used
 from .folder import RunFolder
 from .kept_teacher import KeptTeacher
 from .processes import anyone, by_first, count, dealt, first_alone, out_of_touch, writes
-from .project import Project, Stop, build, save_student, training, trigger_of, unless_stopped, validated
+from .project import Project, Stop, build, save_student, training, unless_stopped, validated
 from .provenance import provenance
 from .report import write_report
 from .report.read import mapping
@@ -280,7 +280,7 @@ def _save(project: Project) -> None:
         "first": project.first,
         "best": project.best,
         "select": project.run.validation.select,
-        "trigger": trigger_of(project.run),
+        "trigger": project.run.method.monitored,
         "teacher_texts": project.teacher_texts,
     }
     student, optimizer = project.models.student, project.optimizer
@@ -307,7 +307,7 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
     project.first = extra["first"] if comparable else None
     if not comparable:
         project.folder.forget_eval(system="student")  # of a student that was chosen by another figure
-    if extra.get("trigger", trigger_of(project.run)) != trigger_of(project.run):
+    if extra.get("trigger", project.run.method.monitored) != project.run.method.monitored:
         project.state.validation.clear()  # one's figures are no reference for another's
         project.display.note("method.trigger is another one now: the adaptive probability begins anew")
     project.teacher_texts = extra["teacher_texts"]

@@ -29,7 +29,6 @@ from .evaluation import rouge_l
 from .folder import RunFolder
 from .generation import generate, truncated
 from .loading import Models, connected, load_models
-from .method_settings import Distillation
 from .methods import Method
 from .models import num_parameters, save_model
 from .notebook import facts_lines, facts_table
@@ -227,7 +226,7 @@ def validated(project: Project) -> dict[str, float]:
             f"step {state.step}: the divergence to the teacher on the validation rows is nan, although the student's "
             "cross-entropy is finite.\nThe teacher's weights are damaged, or its type does not hold what it computes."
         )
-    if "rouge_l" in (run.validation.select, trigger_of(run)):
+    if "rouge_l" in (run.validation.select, run.method.monitored):
         rows = examples[: run.validation.rouge_rows]
         texts = answers(run, models, models.student, rows)
         scores = rouge_l(texts, [project.validation.references[e.id] for e in rows])
@@ -237,14 +236,9 @@ def validated(project: Project) -> dict[str, float]:
         "validation_loss": figures["cross_entropy"],
         "validation_divergence": figures.get("divergence", math.nan),
         "rouge_l": -figures.get("rouge_l", math.nan),
-    }[trigger_of(run)]
+    }[run.method.monitored]
     state.validation.append(monitored)
     return figures | {"monitored": monitored}
-
-
-def trigger_of(run: Run) -> str:
-    """What validations are monitored by."""
-    return run.method.trigger if isinstance(run.method, Distillation) else "validation_loss"
 
 
 def training(project: Project) -> Iterator[Step]:

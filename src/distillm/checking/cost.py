@@ -18,7 +18,7 @@ from ..caching import MEMORY_SHARE
 from ..checkpoint import student_tensors
 from ..evaluation.run import seeds_used
 from ..generation import Mixture, generate
-from ..method_settings import Distillation, Distillm2, MiniLlm
+from ..method_settings import Distillm2, MiniLlm
 from ..paths import nearest_folder
 from ..sources import Draw
 from ..train import training_steps
@@ -190,7 +190,7 @@ def _writing(subject: Subject) -> Iterator[Work]:
     scored = len(subject.scored)
     answers = scored * len(seeds_used(run.evaluation.seeds, make_sampling(run, run.evaluation.temperature)))
     validations = subject.validations
-    monitored = (run.validation.select, run.method.trigger if isinstance(run.method, Distillation) else "")
+    monitored = (run.validation.select, run.method.monitored)
     rows = len(subject.rows.validation.examples)
     asked = min(run.validation.samples, rows) + (min(run.validation.rouge_rows, rows) if "rouge_l" in monitored else 0)
     writes = _writes(subject, "student")
@@ -254,14 +254,7 @@ def _writes(subject: Subject, writer: Literal["student", "teacher"], teacher_mix
 def _written(subject: Subject) -> float:
     """Responses that the student writes in training; of an adaptive probability, which only the run shows, half."""
     run, method = subject.run, subject.run.method
-    if not subject.student_writes:
-        return 0
-    share = 1.0
-    if isinstance(method, Distillation):
-        share = {"on_policy": 1.0, "mixed": method.student_fraction}.get(method.sampling, 0.5)
-    if isinstance(method, Distillation | MiniLlm) and method.replays:
-        share /= 2
-    return share * subject.steps * run.train.batch_size
+    return method.written_share / (2 if method.replays else 1) * subject.steps * run.train.batch_size
 
 
 def _at_once(subject: Subject) -> int:
@@ -281,8 +274,8 @@ def _keeps(subject: Subject) -> int:
     need, kind = subject.cache
     if subject.accelerator.device.type == "cuda":  # states are kept in the CPU's memory
         return 0
-    method, most = subject.run.method, int(MEMORY_SHARE * psutil.virtual_memory().available)
-    capacity = method.capacity if isinstance(method, Distillation | MiniLlm) else 1
+    most = int(MEMORY_SHARE * psutil.virtual_memory().available)
+    capacity = max(subject.run.method.buffer_rows(), 1)
     replayed = need.replayed * min(1.0, _written(subject) / capacity)  # a short run does not fill its buffer
     return int(min((need.lasting if kind == "memory" else 0) + (replayed if kind != "off" else 0), most))
 

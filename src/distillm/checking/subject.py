@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from ..caching import Need, cache_kind, states_needed
 from ..config import Run
 from ..loading import Models
-from ..method_settings import Distillation, Distillm2, MiniLlm
 from ..methods import Method
 from ..project import validated_every
 from ..rows import Read, RowSets
@@ -35,10 +34,7 @@ class Subject:
     @property
     def student_writes(self) -> bool:
         """Whether the student's responses are trained on."""
-        method = self.run.method
-        return isinstance(method, MiniLlm | Distillm2) or (
-            isinstance(method, Distillation) and method.sampling != "none"
-        )
+        return self.run.method.written_share > 0
 
     @property
     def scored(self) -> list[Example]:
