@@ -239,6 +239,24 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(
     assert "1 of 3 runs are finished already" in heard.said
 
 
+def test_a_sweep_stops_though_a_run_was_about_to_end_when_it_was_asked(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = pipeline.write_card
+
+    def asked(folder: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(folder)
+
+    cells = cells_of(str(grid_file(made, tmp_path)), ["seed=1,2"])
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_card", asked)
+        with pytest.raises(Interrupted, match="stopped after 1 of 2 runs; the same command goes on") as stopped:
+            run_sweep(cells, Heard())
+    assert stopped.value.exit_code == 143
+    assert [Path(cell.run.output, "report.html").exists() for cell in cells] == [True, False]
+
+
 def test_runs_side_by_side_are_those_in_turn(made: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     folders = []

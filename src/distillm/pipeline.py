@@ -40,10 +40,11 @@ SAME = 5.0
 SYSTEMS = {"before": "the student before training", "student": "the student", "teacher": "the teacher"}
 
 
-def distill(run: Run, display: Display | None = None, command: str | None = None) -> Path:
+def distill(run: Run, display: Display | None = None, command: str | None = None, stop: Stop | None = None) -> Path:
     """Train, evaluate and report; returns the run folder.
 
     With ``run.resume == "auto"`` the work goes on from the newest checkpoint. ``command`` is kept for the report.
+    ``stop`` is set where the user asks to stop, which a run that has nothing left to do does not heed.
 
     Raises:
         DistillmError: a setting, a file or a model cannot be used, or training diverged; the message says what to do.
@@ -54,7 +55,7 @@ def distill(run: Run, display: Display | None = None, command: str | None = None
     with _all_heard(run, folder) as met:
         accelerator = make_accelerator(run, several=True)
         display = display if display is not None and writes() else Display(quiet=True)
-        with folder.held(), _interruptible(display) as stop, kept_by(account_for(run.device)):
+        with folder.held(), _interruptible(display, stop or Stop()) as stop, kept_by(account_for(run.device)):
             checkpoint = folder.open(resume=run.resume == "auto", overwrite=run.overwrite)
             project = build(run, display, stop, folder, accelerator)
             met.append(project)
@@ -456,9 +457,8 @@ def _event(project: Project, event: str, message: str, **more: Any) -> None:
 
 
 @contextmanager
-def _interruptible(display: Display) -> Generator[Stop]:
-    """The first Ctrl-C or SIGTERM asks to stop at the next safe point; the second one stops at once."""
-    stop = Stop()
+def _interruptible(display: Display, stop: Stop) -> Generator[Stop]:
+    """The first Ctrl-C or SIGTERM sets ``stop``, heeded at the next safe point; the second one stops at once."""
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

@@ -21,7 +21,7 @@ from .config import Run, as_yaml, changed, make_run, read_yaml
 from .display import Display, clock
 from .errors import ConfigError, DistillmError, Interrupted, Terminated
 from .pipeline import distill
-from .project import build
+from .project import Stop, build
 from .report import read_run
 from .report.grid import grid, grid_cells, grid_markdown
 from .writing import write_text
@@ -117,12 +117,14 @@ def _finished(cell: Cell) -> bool:
 
 def _in_turn(waiting: Sequence[Cell], display: Display) -> dict[str, str]:
     failed: dict[str, str] = {}
-    began = time.monotonic()
+    began, stop = time.monotonic(), Stop()
     for done, cell in enumerate(waiting):
+        if stop.is_set():  # when the run before had nothing left to do
+            raise stop.error(f"stopped after {done} of {len(waiting)} runs; the same command goes on")
         left = f", about {clock((time.monotonic() - began) / done * (len(waiting) - done))} left" if done else ""
         display.note(f"\nrun {done + 1} of {len(waiting)}: {Path(cell.run.output).name}{left}")
         try:
-            distill(cell.run, display)
+            distill(cell.run, display, stop=stop)
         except Exception as error:
             memory = "OutOfMemoryError" in type(error).__name__
             if not memory and (not isinstance(error, DistillmError) or isinstance(error, Interrupted)):
