@@ -50,9 +50,10 @@ def named(variant: str) -> str:
     loss, _, how = variant.partition("-")
     spaced = how.replace("-", " ").replace("off policy", "off-policy").replace("on policy", "on-policy")
     told = {"raw": "from random weights", "smaller": "smaller student", "larger": "larger student"}.get(how, spaced)
-    if how and how[0].isdigit():
-        told = f"skew {how}"
-    return NAMES.get(variant, ", ".join(filter(None, (loss.upper(), told))))
+    plain = ", ".join(filter(None, (loss.upper(), told)))
+    if how[:1].isdigit():
+        plain = f"{loss.upper()}, skew {how}" if loss in ("skl", "srkl") else f"{loss} {how}"
+    return NAMES.get(variant, plain)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -24,6 +24,14 @@ if not torch.cuda.is_available():
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+@pytest.fixture(name="made", scope="module")
+def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a tiny run needs, once for each file of tests."""
+    from tiny_run import materials  # not before the environment above
+
+    return materials(tmp_path_factory.mktemp("made"))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked ``data`` read ../shared: skipped where it is absent, failed where it was asked for."""
     if item.get_closest_marker("data") and not SHARED.is_dir():

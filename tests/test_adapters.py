@@ -29,12 +29,6 @@ from tiny_run import (
     weights,
 )
 
-
-@pytest.fixture(name="made", scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return materials(tmp_path_factory.mktemp("made"))
-
-
 LORA = {"student.lora": {"r": 4, "dropout": 0.1}, "data.text": None}
 
 

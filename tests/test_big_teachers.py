@@ -13,12 +13,7 @@ from distillm.models import fingerprint, load_model, num_parameters
 from distillm.pipeline import distill
 from distillm.shrinking import shrink
 from tiny import save, tiny_model, tiny_tokenizer
-from tiny_run import Heard, figures, materials, same_weights, scores, settings, tiny_run, weights
-
-
-@pytest.fixture(name="made", scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return materials(tmp_path_factory.mktemp("made"))
+from tiny_run import Heard, figures, same_weights, scores, settings, tiny_run, weights
 
 
 @pytest.fixture(name="wide", scope="module")

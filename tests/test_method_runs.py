@@ -16,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from distillm import pipeline
+from distillm import pipeline, sweep
 from distillm.checkpoint import list_checkpoints, step_of
 from distillm.cli import app
 from distillm.config import load_run
@@ -32,7 +32,6 @@ from tiny_run import (
     Heard,
     assert_same_run,
     lines,
-    materials,
     same_weights,
     settings,
     tiny_run,
@@ -40,11 +39,6 @@ from tiny_run import (
     write_rows,
 )
 from tiny_run import rows as questions
-
-
-@pytest.fixture(name="made", scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return materials(tmp_path_factory.mktemp("made"))
 
 
 def steps_in(folder: Path) -> list[dict[str, Any]]:
@@ -279,20 +273,40 @@ def test_runs_side_by_side_are_those_in_turn(made: Path, tmp_path: Path) -> None
 def test_a_sweep_that_a_scheduler_ends_ends_its_runs(made: Path, tmp_path: Path) -> None:
     base = grid_file(made, tmp_path)
     command = [sys.executable, "-m", "distillm", "sweep", str(base), "seed=1,2", "train.steps=100000", "--jobs", "2"]
-    sweep = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     folders = [tmp_path / "runs" / f"seed-{seed}" for seed in (1, 2)]
     waited = time.monotonic() + 240
     while not all(list_checkpoints(folder / "checkpoints") for folder in folders):
-        assert sweep.poll() is None
+        assert started.poll() is None
         assert time.monotonic() < waited
         time.sleep(0.1)
-    sweep.send_signal(signal.SIGTERM)
-    _, said = sweep.communicate(timeout=120)
-    assert sweep.returncode == 143, said
+    started.send_signal(signal.SIGTERM)
+    _, said = started.communicate(timeout=120)
+    assert started.returncode == 143, said
     assert "stopped by SIGTERM; the same command goes on" in said
     for folder in folders:  # no process is at work in them any more
         with RunFolder(folder).held():
             assert list_checkpoints(folder / "checkpoints")
+
+
+def test_a_sweep_under_nohup_goes_on_when_the_terminal_closes(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[Any] = []
+
+    def together(*_: Any) -> dict[str, str]:
+        met.append((signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGTERM)))
+        return {}
+
+    monkeypatch.setattr(sweep, "_together", together)
+    cells = cells_of(str(grid_file(made, tmp_path)), ["seed=1,2"])
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+    try:
+        run_sweep(cells, Heard(), 2)
+    finally:
+        signal.signal(signal.SIGHUP, before[0])
+    assert met == [(signal.SIG_IGN, sweep._stopped)]  # pyright: ignore[reportPrivateUsage]
+    assert signal.getsignal(signal.SIGTERM) == before[1]
 
 
 def test_a_run_that_fails_does_not_stop_the_others(made: Path, tmp_path: Path) -> None:

@@ -82,11 +82,6 @@ def test_a_temperature_too_small_for_the_logits_is_told() -> None:
         written(tiny_causal(vocab_size=NUM_TOKENS + 3), Sampling(4, temperature=1e-40), [])
 
 
-@pytest.fixture(name="made", scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return materials(tmp_path_factory.mktemp("made"))
-
-
 def test_a_student_that_diverges_while_it_generates_ends_the_run_with_what_to_do(made: Path, tmp_path: Path) -> None:
     changes = {
         "method": {"name": "distillm", "initial_probability": 1.0, "capacity": 6, "replay_ratio": "decreasing"},

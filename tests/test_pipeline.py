@@ -42,11 +42,6 @@ METHODS: dict[str, dict[str, Any]] = {
 TERMS = {"sft": {"cross_entropy"}, "kd": {"cross_entropy", "forward_kl"}, "distillm": {"skew_kl", "text"}}
 
 
-@pytest.fixture(name="made", scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return materials(tmp_path_factory.mktemp("made"))
-
-
 @pytest.fixture(name="folder", scope="module", params=METHODS)
 def _folder(request: pytest.FixtureRequest, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / request.param

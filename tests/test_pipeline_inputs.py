@@ -27,7 +27,6 @@ from tiny_run import (
     figures,
     first_losses,
     lines,
-    materials,
     rows,
     scores,
     settings,
@@ -38,11 +37,6 @@ from tiny_run import (
 
 SHORT = {"train.steps": 2, "validation.every": 2, "evaluation.seeds": [1]}
 SFT = {"method": {"name": "sft"}, "data.text": None, "student.dropout": 0.0}
-
-
-@pytest.fixture(name="made", scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return materials(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(name="spawned", scope="module", autouse=True)

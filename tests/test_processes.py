@@ -58,11 +58,6 @@ def changes_of(name: str) -> dict[str, Any]:
     return {"method": METHODS[name], "student.dropout": 0.0, "train.batch_size": 3, "train.micro_batch_size": 1}
 
 
-@pytest.fixture(name="made", scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return materials(tmp_path_factory.mktemp("made"))
-
-
 @pytest.fixture(name="both", scope="module")
 def _both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """For every method the run of one process and that of two."""

@@ -29,7 +29,6 @@ from tiny_run import (
     assert_same_run,
     events,
     lines,
-    materials,
     same_weights,
     scores,
     settings,
@@ -40,11 +39,6 @@ from tiny_run import (
 
 class Stopped(Exception):
     """Stands for whatever may end a process between two steps."""
-
-
-@pytest.fixture(name="made", scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return materials(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(name="whole", scope="module")

@@ -27,11 +27,6 @@ TURNS = CHAT_TEMPLATE.replace("{{ eos_token }}", TURN)
 SHORT = {"train.steps": 1, "validation.every": 1, "data.text": None}
 
 
-@pytest.fixture(name="made", scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return materials(tmp_path_factory.mktemp("made"))
-
-
 @pytest.fixture(name="saved", scope="module")
 def _saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A saved folder with two splits."""

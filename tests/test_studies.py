@@ -113,11 +113,11 @@ def test_what_stages_tell_is_of_the_settings_beside_it() -> None:
 
 @pytest.mark.parametrize("name", plan.names())
 def test_all_runs_begin_with_the_same_students(name: str) -> None:
-    study = plan.read(name)
-    starts = pages.starts_of(study, {each: (plan.read(each), results.load(folder(each))) for each in plan.names()})
+    everything = {each: (plan.read(each), results.load(folder(each))) for each in (name, *plan.read(name).needs)}
+    study, runs = everything[name]
     found: dict[str, set[str]] = {}
-    for variant, start in starts.items():
-        for run in results.of_variant(results.load(folder(name)), variant):
+    for variant, start in pages.starts_of(study, everything).items():
+        for run in results.of_variant(runs, variant):
             validation = (start.record["parameters"]["student"], run.record["rows"]["validation"])
             found.setdefault(str(validation), set()).add(json.dumps(run.record["curve"][0][2:]))
     assert [begun for begun in found.values() if len(begun) > 1] == []
@@ -355,6 +355,8 @@ def test_one_seed_decides_nothing_but_a_stage_is_no_draw(monkeypatch: pytest.Mon
         ("distillm2", "DistiLLM-2"),
         ("student", "the student before"),
         ("skl-0.3", "SKL, skew 0.3"),
+        ("phi-0.2", "phi 0.2"),
+        ("capacity-256", "capacity 256"),
         ("sft-smaller", "SFT, smaller student"),
         ("srkl-raw", "SRKL, from random weights"),
     ],

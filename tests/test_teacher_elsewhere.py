@@ -31,11 +31,6 @@ from tiny_run import Heard, figures, lines, materials, rows, same_weights, score
 pytest.importorskip("httpx", reason="needs the package httpx, of the extras server and dev")
 
 
-@pytest.fixture(name="made", scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return materials(tmp_path_factory.mktemp("made"))
-
-
 # ------------------------------------------------------------------------------------------------ what was kept of it
 
 

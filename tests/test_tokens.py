@@ -26,11 +26,6 @@ SHORT = {"train.steps": 2, "validation.every": 2, "data.text": None, "evaluation
 LISTS = ("tokens", "divergence", "written", "choice", "chosen")
 
 
-@pytest.fixture(name="made", scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return materials(tmp_path_factory.mktemp("made"))
-
-
 @pytest.fixture(name="folder", scope="module")
 def _folder(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return distill(tiny_run(made, tmp_path_factory.mktemp("runs") / "run", SHORT | {"evaluation.seeds": [1, 2]}))

@@ -299,8 +299,7 @@ class MiniLlm(MethodSettings):
 
 
 def _capacity(method: Distillation | MiniLlm, num_processes: int) -> int:
-    each = method.capacity if method.replays else 1
-    return each * (num_processes if method.replays and method.capacity_per_process else 1)
+    return method.capacity * (num_processes if method.capacity_per_process else 1) if method.replays else 1
 
 
 class Distillm2(MethodSettings):

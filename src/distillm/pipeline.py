@@ -4,7 +4,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -459,10 +459,6 @@ def _event(project: Project, event: str, message: str, **more: Any) -> None:
 @contextmanager
 def _interruptible(display: Display, stop: Stop) -> Generator[Stop]:
     """The first Ctrl-C or SIGTERM sets ``stop``, heeded at the next safe point; the second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
     asked_at = 0.0
 
     def ask(by: int, _: FrameType | None) -> None:
@@ -479,9 +475,19 @@ def _interruptible(display: Display, stop: Stop) -> Generator[Stop]:
         again = "press Ctrl-C again to stop" if by == signal.SIGINT else "a second SIGTERM stops"
         display.note(f"stopping after this step and saving; {again} at once")
 
-    before = {asked: signal.signal(asked, ask) for asked in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with heard(ask, signal.SIGINT, signal.SIGTERM):
         yield stop
+
+
+@contextmanager
+def heard(handler: Callable[[int, FrameType | None], None], *signals: signal.Signals) -> Generator[None]:
+    """``handler`` gets the ``signals`` meanwhile, where this is the thread that they reach."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {each: signal.signal(each, handler) for each in signals}
+    try:
+        yield
     finally:
-        for asked, handler in before.items():
-            signal.signal(asked, handler)
+        for each, former in before.items():
+            signal.signal(each, former)

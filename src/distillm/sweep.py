@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from rich.table import Table
 from .config import Run, as_yaml, changed, make_run, read_yaml
 from .display import Display, clock
 from .errors import ConfigError, DistillmError, Interrupted, Terminated
-from .pipeline import distill
+from .pipeline import distill, heard
 from .project import Stop, build
 from .report import read_run
 from .report.grid import grid, grid_cells, grid_markdown
@@ -98,7 +97,11 @@ def run_sweep(cells: Sequence[Cell], display: Display, jobs: int = 1) -> tuple[l
     waiting = [cell for cell in cells if not _finished(cell)]
     if len(waiting) < len(cells):
         display.note(f"{len(cells) - len(waiting)} of {len(cells)} runs are finished already")
-    failed = _in_turn(waiting, display) if jobs == 1 else _together(waiting, display, jobs)
+    if jobs == 1:
+        failed = _in_turn(waiting, display)
+    else:
+        with heard(_stopped, *(each for each in _ENDS if signal.getsignal(each) != signal.SIG_IGN)):  # as under nohup
+            failed = _together(waiting, display, jobs)
     return [cell for cell in cells if cell.run.output not in failed], failed
 
 
@@ -148,7 +151,6 @@ def _together(waiting: Sequence[Cell], display: Display, jobs: int) -> dict[str,
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     queue = [cell for cell in waiting if cell.run.output not in failed]
     running = dict[Any, tuple[Cell, Path]]()
-    before = {asked: signal.signal(asked, _stopped) for asked in _ENDS} if _in_main_thread() else {}
     try:
         while queue or running:
             while queue and len(running) < jobs:
@@ -180,18 +182,12 @@ def _together(waiting: Sequence[Cell], display: Display, jobs: int) -> dict[str,
             process.send_signal(signal.SIGINT)
         for process in running:
             process.wait()
-        for asked, handler in before.items():
-            signal.signal(asked, handler)
     return failed
 
 
 def _stopped(by: int, _: FrameType | None) -> None:
     """A scheduler's signal, or that of a terminal that closes: nobody would stop the processes that are running."""
     raise Terminated(f"stopped by {signal.Signals(by).name}; the same command goes on")
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def write_table(cells: Sequence[Cell], folder: Path) -> Table:

@@ -47,6 +47,16 @@ def make_folder_of(path: Path) -> None:
         raise StorageError(f"{path} is a folder; give the name of a file")
 
 
+def write_anew(path: Path, text: str) -> None:
+    """Write ``text``, whole or not at all, in a folder that is made if need be.
+
+    Raises:
+        StorageError: the folder cannot be made, ``path`` is a folder, or writing failed.
+    """
+    make_folder_of(path)
+    write_text(path, text)
+
+
 def flush(path: Path) -> None:
     """Ask the system to put ``path`` on the disk, so that a power cut after the rename cannot empty it."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -12,7 +12,6 @@ from ..config import Run, make_run, read_yaml
 from ..display import Terminal
 from ..errors import ConfigError, DataError
 from ..paths import is_file
-from ..writing import make_folder_of, write_text
 from . import complete
 
 if TYPE_CHECKING:
@@ -84,12 +83,6 @@ def whole_numbers(option: str, text: str | None) -> list[int] | None:
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(f"{option} {text}: write whole numbers with commas, such as 0,4,9") from error
-
-
-def write(path: Path, text: str) -> None:
-    """Write ``text``, whole or not at all, in a folder that is made if need be."""
-    make_folder_of(path)
-    write_text(path, text)
 
 
 def show_comparison(rows: "Sequence[Row]") -> None:

@@ -12,7 +12,7 @@ from ..config import Run
 from ..errors import ConfigError
 from ..paths import FILE_NAME, is_file
 from ..screen import visible
-from ..writing import make_folder_of
+from ..writing import make_folder_of, write_anew
 from .common import (
     Device,
     MaxNew,
@@ -22,7 +22,6 @@ from .common import (
     run_with,
     settings_for,
     whole_numbers,
-    write,
 )
 
 ALONE = "--predictions FILE are texts that are there already: of the other options only --output and --metrics"
@@ -178,7 +177,7 @@ def generate(
         make_folder_of(output)
     answers = respond(run, read_rows(file) if file else as_rows(run, prompts or []))
     if output is not None:
-        write(output, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        write_anew(output, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
         return
     for answer in answers:
         typer.echo(visible(f"> {asked_in(run, answer)}\n{answer['response']}\n"))
@@ -187,7 +186,7 @@ def generate(
 def _keep(result: dict[str, Any], output: Path | None) -> None:
     """Write the scores and predictions, where they are to be kept, and show the scores."""
     if output is not None:
-        write(output, json.dumps(result, ensure_ascii=False, indent=1))
+        write_anew(output, json.dumps(result, ensure_ascii=False, indent=1))
     title = f"{result['data']}: {result['num_rows']} rows, {len(result['seeds'])} seed(s)"
     table = Table("Score", "Mean", "± std", title=title)
     for name, score in cast(dict[str, Any], result["scores"]).items():

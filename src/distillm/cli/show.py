@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .common import show_comparison, write
+from ..writing import write_anew
+from .common import show_comparison
 
 
 def compare(
@@ -41,7 +42,7 @@ def compare(
     for note in notes:
         typer.echo(note, err=True)
     if output is not None:
-        write(output, FORMATS[output.suffix](rows))
+        write_anew(output, FORMATS[output.suffix](rows))
 
 
 def report(

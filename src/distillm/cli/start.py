@@ -9,7 +9,7 @@ import typer
 
 from ..errors import ConfigError
 from ..paths import is_dir, is_file
-from .common import write
+from ..writing import write_anew
 
 
 def init(
@@ -47,7 +47,7 @@ def init(
     name = _no_option(str(file))
     way = [("Look before you leap:", shlex.join(["distillm", "check", name])), *stages(run, name)]
     text += "\n# The way from here:\n" + "".join(f"#   {command}\n" for _, command in way)
-    write(file, text)
+    write_anew(file, text)
     said = "".join(f"{reason}\n  {command}\n" for reason, command in way)
     typer.echo(f"{text}\nwritten to {file}.\n{said}", nl=False)
 

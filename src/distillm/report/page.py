@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from ..writing import make_folder_of, write_text
+from ..writing import write_anew
 from . import heat
 from .charts import (
     Figure,
@@ -87,8 +87,7 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     written.
     """
     text = render(read_runs(runs))
-    make_folder_of(output)
-    write_text(output, text)
+    write_anew(output, text)
     return output
 
 
