@@ -145,21 +145,20 @@ def _reading(study: Study, groups: Groups) -> str:
     told = {"divergence": "divergence", "ter": "TER", "truncated": "the share cut by length"}
     lower = [word for name, word in told.items() if name in scores]
     several = any(len(runs) > 1 for runs in groups.values())
-    return " ".join(
-        [
-            "± is the deviation over training seeds, of one teacher and one start." if several else "",
-            f"In brackets the 95 % interval of the difference in {score_name(study.metric)}, by a bootstrap over test "
-            "rows and training seeds together ([how](../evaluation.md));",
-            "with three seeds it is too short where seeds differ more than rows do, and" if several else "",
-            "with one it knows the rows alone. † p < 0.05, ‡ p < 0.01, not corrected for the number of comparisons, "
-            "and not said of one seed.",
-            "Divergence is KL(teacher ‖ student) at the tokens of the references, which is what KD minimises."
-            if "divergence" in lower
-            else "",
-            f"Better when lower: {', '.join(lower)}." if lower else "",
-            "Minutes are those of the training steps, writing included, [had nothing slowed them down](time.md).",
-        ]
-    )
+    parts = [
+        "± is the deviation over training seeds, of one teacher and one start." if several else "",
+        f"In brackets the 95 % interval of the difference in {score_name(study.metric)}, by a bootstrap over test "
+        "rows and training seeds together ([how](../evaluation.md));",
+        "with three seeds it is too short where seeds differ more than rows do, and" if several else "",
+        "with one it knows the rows alone. † p < 0.05, ‡ p < 0.01, not corrected for the number of comparisons, "
+        "and not said of one seed.",
+        "Divergence is KL(teacher ‖ student) at the tokens of the references, which is what KD minimises."
+        if "divergence" in lower
+        else "",
+        f"Better when lower: {', '.join(lower)}." if lower else "",
+        "Minutes are those of the training steps, writing included, [had nothing slowed them down](time.md).",
+    ]
+    return " ".join(filter(None, parts))
 
 
 def _equal_time(study: Study, groups: Groups, kept: dict[str, Result]) -> list[str]:
