@@ -16,12 +16,16 @@ from .plan import Strict, Study
 from .results import Result, drawn, num_seeds, of_variant
 from .text import named, signed, table
 
+HEADER = ("study", "claimed", "by", "seen", "teacher into student, steps, seeds", "verdict")
 VERDICTS = ("held", "open", "reversed", "missed", "one seed")
 Found = dict[str, tuple[Study, dict[str, Result]]]
 
 
 class Comparison(Strict):
-    """Two variants, or a variant and a stage, in some studies: by the study's score, or by the seconds of training."""
+    """Two variants in some studies, by the study's score or by the seconds of training.
+
+    As ``than``, ``student`` is the one that ``better`` starts from.
+    """
 
     studies: list[str]
     better: str
@@ -39,7 +43,7 @@ class Claim(Strict):
     where: str
     comparisons: Sequence[Comparison] = ()
     see: str | None = None
-    """The page that tells what was seen, where it is no comparison of two variants."""
+    """Where it is no comparison of two variants: what was seen, and the page that tells it."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +78,19 @@ def page(found: Found) -> list[str]:
         "- *Reversed*: it lies on the other side.",
         "- *Open*: it does neither; these runs cannot tell.",
         "- *One seed*: nothing is decided, since its interval knows the test rows alone. A row says where that "
-        "interval leaves out zero.",
+        "interval leaves out zero (or the loss that counts for nothing). Of times nothing is said.",
         "- Times have no interval: *held* is where all runs of the one are on the claim's side of all of the other, "
         "*missed* where a ratio that was claimed is not reached.",
         "",
         "With three seeds an interval is still too short where seeds differ more than rows do. A study with several "
         "test sets is asked of all their rows together. Each comparison is by itself, without correction for their "
         "number; the counts are no tally of independent tests, as comparisons share runs. A study that has not both "
-        "sides is left out.",
+        "sides is left out. *Seen* is the score of the first less that of the second, with its 95 % interval by [a "
+        "bootstrap](../evaluation.md); 3e-4 is a learning rate.",
+        "",
+        "The ablations begin phi at 0.5 (the paper: 0), so that the student's responses matter in so few steps. That "
+        "is not DistiLLM at its best, as [their table of the initial probability](ablations.md) shows, and the rows "
+        "about how the responses are used are to be read with that in mind.",
         "",
     ]
     claims = [(claim, [row for each in claim.comparisons for row in _rows(each, found)]) for claim in read()]
@@ -89,10 +98,10 @@ def page(found: Found) -> list[str]:
     for claim, rows in claims:
         lines += ["", f"## {claim.claim}", "", f"{claim.where}."]
         if claim.see is not None:
-            lines += ["", f"What was seen is on the page about {claim.see}."]
+            lines += ["", claim.see]
         elif rows:
             body = [[row.study, row.who, row.by, row.came_out, row.scale, row.verdict] for row in rows]
-            lines += ["", *table(["study", "claimed", "by", "seen", "at the scale of", ""], body)]
+            lines += ["", *table(HEADER, body)]
         else:
             lines += ["", "No run here tells of it yet."]
     return lines
@@ -107,8 +116,13 @@ def _rows(comparison: Comparison, found: Found) -> list[Row]:
     rows: list[Row] = []
     for name in comparison.studies:
         study, kept = found.get(name, (None, {}))
-        ours, theirs = (of_variant(kept, variant) for variant in (comparison.better, comparison.than))
-        if study is None or not ours or not theirs:
+        if study is None:
+            continue
+        ours, theirs = of_variant(kept, comparison.better), of_variant(kept, comparison.than)
+        if comparison.than == "student":
+            of, stage = plan.starts(study).get(comparison.better, (name, ""))
+            theirs = of_variant(found[of][1], stage)
+        if not ours or not theirs:
             continue
         who = f"{named(comparison.better)} over {named(comparison.than)}"
         seeds = num_seeds(ours, theirs)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean as mean
 
-from distillm.config import read_yaml
 from distillm.report.text import duration, score_name
 
 from . import claims, plan, plots, results, theory
@@ -55,14 +54,8 @@ def stages_of(study: Study, kept: dict[str, Result]) -> list[Result]:
 
 def starts_of(study: Study, found: dict[str, tuple[Study, dict[str, Result]]]) -> dict[str, Result]:
     """What the variants start from, where that is a student that some study trained."""
-    usual = read_yaml(str(plan.HERE / study.base))["student"]["path"]
-    starts: dict[str, Result] = {}
-    for variant, settings in study.variants.items():
-        if "student" not in settings:
-            *_, of, stage, _ = Path(settings.get("student.path", usual)).parts
-            if stage in found[of][1]:
-                starts[variant] = found[of][1][stage]
-    return starts
+    starts = plan.starts(study).items()
+    return {variant: found[of][1][stage] for variant, (of, stage) in starts if stage in found[of][1]}
 
 
 def test_sets(groups: Groups) -> list[str]:
@@ -140,6 +133,16 @@ def _use(runs: Sequence[Result]) -> list[str]:
     ]
 
 
+COLUMNS = (
+    "*The student before* is what the methods start from. *Student's rows*: of all steps, those on what the student "
+    "wrote; *phi*: the probability of such a step, which only [DistiLLM](../methods/distillm.md) moves; *kept step*: "
+    "the checkpoint that is scored, of each seed; *cut by length*: answers, in per cent, that met the limit; *top-1 "
+    "agreement*: tokens, in per cent, at which both models find the same most likely; *minutes*: those of the "
+    "training steps, writing included, [had nothing slowed them down](time.md). What the methods and losses are: "
+    "[methods](../methods/index.md)."
+)
+
+
 def _reading(study: Study, groups: Groups) -> str:
     scores = {name for runs in groups.values() for found in runs[0].record["scores"].values() for name in found}
     told = {"divergence": "divergence", "ter": "TER", "truncated": "the share cut by length"}
@@ -156,7 +159,7 @@ def _reading(study: Study, groups: Groups) -> str:
         if "divergence" in lower
         else "",
         f"Better when lower: {', '.join(lower)}." if lower else "",
-        "Minutes are those of the training steps, writing included, [had nothing slowed them down](time.md).",
+        COLUMNS,
     ]
     return " ".join(filter(None, parts))
 
@@ -251,11 +254,14 @@ def _to_be_known(study: Study, groups: Groups, kept: dict[str, Result], always: 
     return ["## To be known", "", *(f"- {line}" for line in lines)] if lines else []
 
 
+WRITTEN_ANEW = "*Written anew*: of all steps, those that generated. *Validation loss*: cross-entropy, of the kept step."
+
+
 def ablations_page(study: Study, kept: dict[str, Result], into: Path, starts: dict[str, Result]) -> list[str]:
     """One table and perhaps one plot for each axis; ``starts`` are the students that variants start from."""
     groups = groups_of(study, kept)
     (data,) = test_sets(groups)
-    lines = [*_opening(study, groups), _reading(study, groups), ""]
+    lines = [*_opening(study, groups), _reading(study, groups), "", WRITTEN_ANEW, ""]
     for axis in study.axes:
         there = {label: groups[variant] for label, variant in axis.values.items() if variant in groups}
         if axis.reference in there and len(there) > 1:
@@ -312,16 +318,15 @@ def time_page(found: dict[str, tuple[Study, dict[str, Result]]], into: Path) -> 
     lines = [
         "# Time and its parts",
         "",
-        "By the accounting that every run keeps (`kind: time` in its metrics.jsonl), the mean over training seeds. Two "
-        "runs at a time shared the machine, and other work came and went, so that the clock alone compares nothing. "
-        "The backward pass of a token is nearly the same work in every run of a student: what it took, over the "
-        "least of its study, is a run's slowdown, and all its seconds are divided by that, here and on the other "
-        "pages. The deviation of what is left over seeds tells how well this serves within a method, and the last "
-        "column, of each run, how well between them: where a backward pass is longer by its forward pass than others' "
-        "is, the seconds come out shorter by about as much, so that times are good to so many per cent. By the clock "
-        "are the writing of the teacher's responses and the training of the teacher, of whose size there is no other "
-        "run. The teacher's states are not cached, so that each of its readings is paid, but in the studies whose page "
-        "says so.",
+        "By the accounting that every run keeps (`kind: time` in its metrics.jsonl), the mean over training seeds. "
+        "Two runs at a time shared the machine, and other work came and went, so that the clock alone compares "
+        "nothing. A run's *slowdown* is what the backward pass of a token took it, over the least of any run of that "
+        "student in the study, as that is nearly the same work in all of them; every time, here and on the other "
+        "pages, is divided by it. How well that serves is told by the deviation over the seeds of a method, and by "
+        "*backward / forward* of each run: where that differs between two runs by so many per cent, their times "
+        "compare to within that. Not corrected, by the clock, are the writing of the teacher's responses and the "
+        "training of the teacher. *Writing* is the student's, *teacher* its reading of rows, which is not cached but "
+        "in the studies whose page says so.",
         "",
     ]
     for name, (study, kept) in found.items():
@@ -361,10 +366,11 @@ def index_page(found: dict[str, tuple[Study, dict[str, Result]]]) -> list[str]:
     return [
         "# The studies",
         "",
-        "The paper's comparisons, repeated on real data at the scale of a small CPU, with everything that is needed to "
-        "repeat them: settings under `studies/`, one command for each, and the results of every run beside its "
-        "settings, from which these pages are made. **[What held and what did not](claims.md)** puts the paper's "
-        "claims beside them; [time](time.md) is told by the runs' own accounting.",
+        "The paper's comparisons on other, much smaller models and mostly other data, at the scale of a small CPU; "
+        "none of its own results is reproduced here. Everything that is needed to make them again is there: settings "
+        "under `studies/`, one command for each, and the results of every run beside its settings, from which these "
+        "pages are made. **[What held and what did not](claims.md)** puts the paper's claims beside them; "
+        "[time](time.md) is told by the runs' own accounting.",
         "",
         *table(["study", "runs"], rows),
         "",

@@ -23,8 +23,6 @@ NAMES = {
     "distillm-srkl": "DistiLLM, SRKL",
     "distillm2": "DistiLLM-2",
     "student": "the student before",
-    "student-smaller": "the smaller student before",
-    "student-larger": "the larger student before",
     "sft-3e-4": "SFT at 3e-4",
     "minillm-3e-4": "MiniLLM at 3e-4",
     "kd-3e-4": "KD at 3e-4",
