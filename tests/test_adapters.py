@@ -131,13 +131,34 @@ def test_a_student_that_starts_from_an_adapters_folder_is_saved_whole(
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
-def test_an_adapter_with_layers_that_were_trained_whole_is_merged(made: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # of the student: its head is trained alone
+@pytest.mark.parametrize("base", ["teacher", "student"])
+def test_an_adapter_with_layers_that_were_trained_whole_is_merged(made: Path, tmp_path: Path, base: str) -> None:
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(made / "teacher"),
+        AutoModelForCausalLM.from_pretrained(made / base),
         LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False),
     )
     with torch.no_grad():
         model.get_parameter("base_model.model.lm_head.modules_to_save.default.weight").mul_(2)
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 9, 17, 4]])
+    loaded = load_model(tmp_path, device="cpu")
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    save_model(loaded, load_tokenizer(made / "teacher"), tmp_path / "saved")
+    torch.testing.assert_close(load_model(tmp_path / "saved", device="cpu")(ids).logits, model(ids).logits)
+    assert not json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # which peft asks for
+def test_an_adapter_of_some_tokens_is_merged(made: Path, tmp_path: Path) -> None:
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(made / "teacher"),
+        LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5, 9], init_lora_weights=False),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(1)
     model.save_pretrained(tmp_path)
     ids = torch.tensor([[5, 9, 17, 4]])
     loaded = load_model(tmp_path, device="cpu")

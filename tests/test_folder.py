@@ -72,6 +72,18 @@ def test_a_finished_student_without_checkpoints_is_not_trained_anew_in_silence(t
         folder.open(resume=True, overwrite=False)
     assert names(tmp_path) == before
     assert folder.open(resume=False, overwrite=True) is None
+    assert folder.open(resume=True, overwrite=True) is None  # the error's advice, where run.yaml says resume: auto
+    folder.clear()
+    assert "student" not in names(tmp_path)
+
+
+def test_a_finished_run_whose_checkpoints_are_all_damaged_is_begun_anew_when_that_is_asked_for(tmp_path: Path):
+    folder = a_run(tmp_path)
+    for checkpoint in list_checkpoints(folder.checkpoints):
+        (checkpoint / CHECKSUMS).write_text("{")
+    with pytest.raises(StorageError, match=r"No whole checkpoint is left: overwrite=true begins the run anew"):
+        folder.open(resume=True, overwrite=False)
+    assert folder.open(resume=True, overwrite=True) is None
 
 
 def test_one_run_at_a_time_works_in_a_folder(tmp_path: Path):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -31,6 +32,7 @@ from tiny import save, tiny_causal, tiny_tokenizer
 from tiny_run import (
     Heard,
     assert_same_run,
+    events,
     lines,
     same_weights,
     settings,
@@ -233,8 +235,9 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(
     assert "1 of 3 runs are finished already" in heard.said
 
 
+@pytest.mark.parametrize(("runs", "said"), [(2, " after 1 of 2 runs; the same"), (1, "; all runs have ended")])
 def test_a_sweep_stops_though_a_run_was_about_to_end_when_it_was_asked(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: int, said: str
 ) -> None:
     original = pipeline.write_card
 
@@ -242,13 +245,13 @@ def test_a_sweep_stops_though_a_run_was_about_to_end_when_it_was_asked(
         os.kill(os.getpid(), signal.SIGTERM)
         original(folder)
 
-    cells = cells_of(str(grid_file(made, tmp_path)), ["seed=1,2"])
+    cells = cells_of(str(grid_file(made, tmp_path)), ["seed=1,2"])[:runs]
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "write_card", asked)
-        with pytest.raises(Interrupted, match="stopped after 1 of 2 runs; the same command goes on") as stopped:
+        with pytest.raises(Interrupted, match=f"stopped{said}") as stopped:
             run_sweep(cells, Heard())
     assert stopped.value.exit_code == 143
-    assert [Path(cell.run.output, "report.html").exists() for cell in cells] == [True, False]
+    assert [Path(cell.run.output, "report.html").exists() for cell in cells] == [True, False][: len(cells)]
 
 
 def test_runs_side_by_side_are_those_in_turn(made: Path, tmp_path: Path) -> None:
@@ -270,7 +273,8 @@ def test_runs_side_by_side_are_those_in_turn(made: Path, tmp_path: Path) -> None
         assert [e["loss"] for e in steps_in(one)] == pytest.approx([e["loss"] for e in steps_in(other)], rel=1e-5)
 
 
-def test_a_sweep_that_a_scheduler_ends_ends_its_runs(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("together", [False, True])  # the signal for the sweep alone, and for all processes of its job
+def test_a_sweep_that_a_scheduler_ends_ends_its_runs(made: Path, tmp_path: Path, together: bool) -> None:
     base = grid_file(made, tmp_path)
     command = [sys.executable, "-m", "distillm", "sweep", str(base), "seed=1,2", "train.steps=100000", "--jobs", "2"]
     started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -280,11 +284,14 @@ def test_a_sweep_that_a_scheduler_ends_ends_its_runs(made: Path, tmp_path: Path)
         assert started.poll() is None
         assert time.monotonic() < waited
         time.sleep(0.1)
-    started.send_signal(signal.SIGTERM)
+    everybody = [started.pid, *(child.pid for child in psutil.Process(started.pid).children(recursive=True))]
+    for process in everybody[: None if together else 1]:
+        os.kill(process, signal.SIGTERM)
     _, said = started.communicate(timeout=120)
     assert started.returncode == 143, said
     assert "stopped by SIGTERM; the same command goes on" in said
-    for folder in folders:  # no process is at work in them any more
+    for folder in folders:  # no process is at work in them any more, and each has saved what it had
+        assert events(folder, "interrupted")
         with RunFolder(folder).held():
             assert list_checkpoints(folder / "checkpoints")
 
@@ -305,7 +312,10 @@ def test_a_sweep_under_nohup_goes_on_when_the_terminal_closes(
         run_sweep(cells, Heard(), 2)
     finally:
         signal.signal(signal.SIGHUP, before[0])
-    assert met == [(signal.SIG_IGN, sweep._stopped)]  # pyright: ignore[reportPrivateUsage]
+    ((terminal, scheduler),) = met
+    assert terminal == signal.SIG_IGN
+    assert callable(scheduler)
+    assert scheduler != before[1]
     assert signal.getsignal(signal.SIGTERM) == before[1]
 
 

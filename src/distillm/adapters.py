@@ -87,15 +87,21 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 
 def _merge(model: PreTrainedModel) -> PreTrainedModel:
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, BaseTunerLayer):
+            if isinstance(child, BaseTunerLayer) and not isinstance(module, TrainableTokensWrapper):
                 child.merge()
                 setattr(module, name, child.get_base_layer())
             elif isinstance(child, ModulesToSaveWrapper):  # a layer that was trained whole
                 setattr(module, name, child.modules_to_save[child.active_adapters[0]])
+            elif isinstance(child, TrainableTokensWrapper):  # some rows of an embedding
+                child.token_adapter.merge()
+                setattr(module, name, child.token_adapter.get_base_layer())
+    head, words = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, nn.Module) and head.weight is not words.weight:  # one of the two was trained by itself
+        model.config.get_text_config(decoder=True).tie_word_embeddings = False
     model.__dict__.pop("peft_config", None)  # else another adapter would be a second one
     model._hf_peft_config_loaded = False  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
     return model

@@ -82,15 +82,16 @@ class RunFolder:
             found, damaged = newest_whole(self.checkpoints) if resume else (None, [])
         except OSError as error:
             raise StorageError(f"could not make the run folder {self.path}: {error}") from error
-        if resume and found is None and not damaged and is_dir(self.student):
+        if found is None and not (damaged or overwrite) and is_dir(self.student):
             raise ConfigError(
                 f"{self.path} holds a finished student, and no checkpoint to go on from: they were deleted. Score it "
                 "by `distillm eval`, begin anew by overwrite=true, or choose another folder by output=..."
             )
         if damaged and found is None:
+            way = "overwrite=true" if is_dir(self.student) else "the same command"
             said = "\n".join(damaged)
-            raise StorageError(f"{said}\nNo whole checkpoint is left: the same command begins the run anew.")
-        return found, damaged, occupied and not resume
+            raise StorageError(f"{said}\nNo whole checkpoint is left: {way} begins the run anew.")
+        return found, damaged, occupied and overwrite and found is None
 
     def clear(self) -> None:
         """Delete the run that is to be overwritten: only once the new one has been found fit to start.
@@ -103,11 +104,12 @@ class RunFolder:
 
     def _clear(self) -> None:
         with _changing(self.path):
+            shutil.rmtree(self.student, ignore_errors=True)  # first: without checkpoints it would pass for finished
             for checkpoint in list_checkpoints(self.checkpoints):
                 remove(checkpoint)
             for path in self.checkpoints.glob(f"{DAMAGED}*"):
                 shutil.rmtree(path)
-            for name in ("eval", "student", "distillm"):  # distillm: what a tracker wrote
+            for name in ("eval", "distillm"):  # distillm: what a tracker wrote
                 shutil.rmtree(self.path / name, ignore_errors=True)
             for name in ("samples.jsonl", TOKENS, "responses.jsonl", "report.html", "metrics.jsonl", "run.yaml"):
                 (self.path / name).unlink(missing_ok=True)

@@ -36,7 +36,7 @@ from .writing import write_text
 SAMPLED = "samples.jsonl"
 METRICS = "metrics.jsonl"
 SAME = 5.0
-"""Seconds within which signals are one wish: a launcher of processes passes on what they got from the terminal."""
+"""Seconds within which signals are one wish: a launcher, or a sweep, passes on what its processes have got as well."""
 SYSTEMS = {"before": "the student before training", "student": "the student", "teacher": "the teacher"}
 
 
@@ -464,7 +464,8 @@ def _interruptible(display: Display, stop: Stop) -> Generator[Stop]:
     def ask(by: int, _: FrameType | None) -> None:
         nonlocal asked_at
         stop.by, before, asked_at = by, asked_at, time.monotonic()
-        if stop.is_set() and (count() == 1 or asked_at - before > SAME):
+        pressed_again = by == signal.SIGINT and count() == 1
+        if stop.is_set() and (pressed_again or asked_at - before > SAME):
             display.note("stopped at once; the newest checkpoint stands, if there is one yet")
             if by == signal.SIGTERM:
                 raise SystemExit(Terminated.exit_code)
@@ -472,7 +473,8 @@ def _interruptible(display: Display, stop: Stop) -> Generator[Stop]:
         if stop.is_set():
             return
         stop.set()
-        again = "press Ctrl-C again to stop" if by == signal.SIGINT else "a second SIGTERM stops"
+        later = f"another SIGTERM, after {SAME:g} seconds, stops"
+        again = "press Ctrl-C again to stop" if by == signal.SIGINT else later
         display.note(f"stopping after this step and saving; {again} at once")
 
     with heard(ask, signal.SIGINT, signal.SIGTERM):

@@ -271,8 +271,9 @@ def save_student(run: Run, models: Models, target: Path) -> None:
             student.generation_config.pad_token_id = models.pair.layout.pad_id
             saved = merged(student) if lora is not None and lora.merge else student
             save_model(saved, models.tokenizer, scratch, weights=spread)
-            for licence in target.glob("LICENSE*"):  # which the user laid there
-                shutil.copy2(licence, scratch)
+            for path in (*target.glob("LICENSE*"), *target.glob("NOTICE*")):  # which the user laid there
+                if path.is_file() and not path.is_symlink():
+                    shutil.copy2(path, scratch)
 
     by_first(write)
 

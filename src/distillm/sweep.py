@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -100,7 +100,8 @@ def run_sweep(cells: Sequence[Cell], display: Display, jobs: int = 1) -> tuple[l
     if jobs == 1:
         failed = _in_turn(waiting, display)
     else:
-        with heard(_stopped, *(each for each in _ENDS if signal.getsignal(each) != signal.SIG_IGN)):  # as under nohup
+        ends = (each for each in _ENDS if signal.getsignal(each) != signal.SIG_IGN)  # as under nohup
+        with heard(_stopping(display), *ends):
             failed = _together(waiting, display, jobs)
     return [cell for cell in cells if cell.run.output not in failed], failed
 
@@ -134,6 +135,8 @@ def _in_turn(waiting: Sequence[Cell], display: Display) -> dict[str, str]:
                 raise
             failed[cell.run.output] = "out of memory: lower train.micro_batch_size" if memory else str(error)
             display.note(f"error: {failed[cell.run.output]}")
+    if stop.is_set():
+        raise stop.error("stopped; all runs have ended, and the same command goes on from there")
     return failed
 
 
@@ -178,16 +181,27 @@ def _together(waiting: Sequence[Cell], display: Display, jobs: int) -> dict[str,
                 said = failed.get(cell.run.output, "finished")
                 display.note(f"{name}: {said}; {len(queue) + len(running)} to go")
     finally:
-        for process in running:  # the user stopped: each saves what it has
-            process.send_signal(signal.SIGINT)
+        for process in running:  # each saves what it has; SIGINT may be ignored, as in the jobs of a script
+            process.terminate()
         for process in running:
             process.wait()
     return failed
 
 
-def _stopped(by: int, _: FrameType | None) -> None:
-    """A scheduler's signal, or that of a terminal that closes: nobody would stop the processes that are running."""
-    raise Terminated(f"stopped by {signal.Signals(by).name}; the same command goes on")
+def _stopping(display: Display) -> Callable[[int, FrameType | None], None]:
+    """On a scheduler's signal, or that of a terminal that closes: nobody else would stop the runs.
+
+    It ends the sweep once: a second signal must not keep the others from being stopped.
+    """
+    stop = Stop()
+
+    def end(by: int, _: FrameType | None) -> None:
+        if not stop.is_set():
+            stop.set()
+            display.note(f"stopped by {signal.Signals(by).name}; the same command goes on")
+            raise SystemExit(Terminated.exit_code)  # no Exception, which the code that it meets might take for its own
+
+    return end
 
 
 def write_table(cells: Sequence[Cell], folder: Path) -> Table:

@@ -22,7 +22,7 @@ from ..errors import ModelError
 from ..evaluation import rouge_l
 from ..models import load_model, load_tokenizer, save_model
 from ..pipeline import distill
-from ..project import Project, build, training
+from ..project import Project, Stop, build, training
 from ..report import write_report
 from ..writing import write_text
 
@@ -56,7 +56,11 @@ def run_demo(output: Path, display: Display, *, quick: bool, teacher: str | None
     stages = {"first": count, "sft": count // 3, "distillm": count // 3}
     if quick:
         del stages["sft"]
-    runs = [_run(output, settings, name, steps, display) for name, steps in stages.items()]
+    runs, stop = list[Path](), Stop()
+    for name, steps in stages.items():
+        if stop.is_set():  # when the run before had nothing left to do
+            raise stop.error(f"stopped before {name}; the same command begins anew")
+        runs.append(_run(output, settings, name, steps, display, stop))
     report = write_report(runs[::-1], output / "report.html")
     display.table(_table(runs))
     display.note(
@@ -151,7 +155,7 @@ def _share_of_layers(teacher: Path) -> int:
     return max(1, round(layers * 8 / 30))
 
 
-def _run(output: Path, settings: dict[str, Any], name: str, steps: int, display: Display) -> Path:
+def _run(output: Path, settings: dict[str, Any], name: str, steps: int, display: Display, stop: Stop) -> Path:
     optim, first = settings["optim"], name == "first"
     changes: dict[str, Any] = {
         "method": settings["method"] if name == "distillm" else {"name": "sft"},
@@ -169,7 +173,7 @@ def _run(output: Path, settings: dict[str, Any], name: str, steps: int, display:
     run = make_run(settings | changes)
     write_text(output / f"{name}.yaml", as_yaml(run))
     display.note(f"\n{name}: {steps} steps of {run.method.name} from {'the cut-out layers' if first else 'there'}")
-    return distill(run, display, f"distillm train {output / name}.yaml")
+    return distill(run, display, f"distillm train {output / name}.yaml", stop)
 
 
 def _fixed_answer(run: Path) -> float:
