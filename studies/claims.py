@@ -12,13 +12,12 @@ from distillm.evaluation import Difference
 from distillm.report.text import score_name
 
 from . import plan, results
-from .plan import Strict, Study
-from .results import Result, drawn, num_seeds, of_variant
+from .plan import Strict
+from .results import Found, Result, drawn, num_seeds, of_variant, starts_of
 from .text import named, signed, table
 
 HEADER = ("study", "claimed", "by", "seen", "teacher into student, steps, seeds", "verdict")
 VERDICTS = ("held", "open", "reversed", "missed", "one seed")
-Found = dict[str, tuple[Study, dict[str, Result]]]
 
 
 class Comparison(Strict):
@@ -98,7 +97,7 @@ def page(found: Found) -> list[str]:
     for claim, rows in claims:
         lines += ["", f"## {claim.claim}", "", f"{claim.where}."]
         if claim.see is not None:
-            lines += ["", claim.see]
+            lines += ["", f"{claim.see}."]
         elif rows:
             body = [[row.study, row.who, row.by, row.came_out, row.scale, row.verdict] for row in rows]
             lines += ["", *table(HEADER, body)]
@@ -119,9 +118,8 @@ def _rows(comparison: Comparison, found: Found) -> list[Row]:
         if study is None:
             continue
         ours, theirs = of_variant(kept, comparison.better), of_variant(kept, comparison.than)
-        if comparison.than == "student":
-            of, stage = plan.starts(study).get(comparison.better, (name, ""))
-            theirs = of_variant(found[of][1], stage)
+        if comparison.than == "student" and (start := starts_of(study, found).get(comparison.better)) is not None:
+            theirs = [start]
         if not ours or not theirs:
             continue
         who = f"{named(comparison.better)} over {named(comparison.than)}"

@@ -8,7 +8,7 @@ from distillm.report.text import duration, score_name
 
 from . import claims, plan, plots, results, theory
 from .plan import Axis, Study
-from .results import Result, mean_std, num_seeds, of_variant
+from .results import Found, Result, mean_std, num_seeds, of_variant, starts_of
 from .text import minutes, models_table, named, percent, setting, shown_scores, signed, spread, table
 
 Groups = dict[str, list[Result]]
@@ -50,12 +50,6 @@ def groups_of(study: Study, kept: dict[str, Result]) -> Groups:
 def stages_of(study: Study, kept: dict[str, Result]) -> list[Result]:
     """The runs that came first."""
     return [kept[stage.name] for stage in study.stages if stage.train and stage.name in kept]
-
-
-def starts_of(study: Study, found: dict[str, tuple[Study, dict[str, Result]]]) -> dict[str, Result]:
-    """What the variants start from, where that is a student that some study trained."""
-    starts = plan.starts(study).items()
-    return {variant: found[of][1][stage] for variant, (of, stage) in starts if stage in found[of][1]}
 
 
 def test_sets(groups: Groups) -> list[str]:
@@ -254,14 +248,12 @@ def _to_be_known(study: Study, groups: Groups, kept: dict[str, Result], always: 
     return ["## To be known", "", *(f"- {line}" for line in lines)] if lines else []
 
 
-WRITTEN_ANEW = "*Written anew*: of all steps, those that generated. *Validation loss*: cross-entropy, of the kept step."
-
-
 def ablations_page(study: Study, kept: dict[str, Result], into: Path, starts: dict[str, Result]) -> list[str]:
     """One table and perhaps one plot for each axis; ``starts`` are the students that variants start from."""
     groups = groups_of(study, kept)
     (data,) = test_sets(groups)
-    lines = [*_opening(study, groups), _reading(study, groups), "", WRITTEN_ANEW, ""]
+    anew = "*Written anew*: of all steps, those that generated. *Validation loss*: cross-entropy, of the kept step."
+    lines = [*_opening(study, groups), _reading(study, groups), "", anew, ""]
     for axis in study.axes:
         there = {label: groups[variant] for label, variant in axis.values.items() if variant in groups}
         if axis.reference in there and len(there) > 1:
@@ -313,7 +305,7 @@ def theory_page(study: Study, kept: dict[str, Result], into: Path) -> list[str]:
     return [*_opening(study, groups), *theory.sections(study, kept, into), *_to_be_known(study, groups, kept)]
 
 
-def time_page(found: dict[str, tuple[Study, dict[str, Result]]], into: Path) -> list[str]:
+def time_page(found: Found, into: Path) -> list[str]:
     """Where the time of each method goes, by the runs' own accounting."""
     lines = [
         "# Time and its parts",
@@ -357,7 +349,7 @@ def planned(study: Study) -> int:
     return sum(len(study.seeds_of.get(variant, study.seeds)) for variant in study.variants)
 
 
-def index_page(found: dict[str, tuple[Study, dict[str, Result]]]) -> list[str]:
+def index_page(found: Found) -> list[str]:
     """What there is."""
     rows = [
         [f"[{study.title}]({name}.md)", f"{sum(map(len, groups_of(study, kept).values()))} of {planned(study)}"]

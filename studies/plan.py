@@ -195,17 +195,6 @@ def cells(study: Study, place: Place) -> list[Cell]:
     return found
 
 
-def starts(study: Study) -> dict[str, tuple[str, str]]:
-    """The study and the stage whose student a variant starts from, where it starts from a trained one."""
-    usual = read_yaml(str(HERE / study.base))["student"]["path"]
-    found: dict[str, tuple[str, str]] = {}
-    for variant, settings in study.variants.items():
-        if "student" not in settings:
-            *_, of, stage, _ = Path(settings.get("student.path", usual)).parts
-            found[variant] = of, stage
-    return found
-
-
 def _run(study: Study, file: str, settings: dict[str, Any], place: Place, name: str) -> Run:
     path = HERE / file
     settings = settings | (SHORT | study.smoke.settings if place.smoke else {})

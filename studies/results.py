@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from distillm.config import Run
+from distillm.config import Run, read_yaml
 from distillm.evaluation import METRICS, Difference, paired_bootstrap
 from distillm.evaluation.significance import Array
 from distillm.report import read_run
 from distillm.report.read import RunFolder
+
+from . import plan
+from .plan import Study
 
 PROVENANCE = ("distillm", "python", "torch", "transformers", "git", "started", "threads", "device", "machine", "rows")
 CURVE = ("cross_entropy", "divergence", "rouge_l")
@@ -68,6 +71,10 @@ class Result:
         kept = self.record["statistics"][data]
         seeds = [[np.broadcast_to(column, kept["num_rows"]) for column in columns] for columns in kept[metric]]
         return np.stack([np.stack(columns, axis=-1).astype(np.float64) for columns in seeds])
+
+
+Found = dict[str, tuple[Study, dict[str, Result]]]
+"""The studies, each with the results that are kept of it, by name."""
 
 
 def settings_digest(run: Run, before: Sequence[Run] = ()) -> str:
@@ -220,6 +227,18 @@ def of_variant(results: dict[str, Result], variant: str) -> list[Result]:
     """The runs of a variant that came to their end, one for each seed that was made; or the one of a stage."""
     named = [result for name, result in results.items() if variant in (name, name.rpartition("_seed-")[0])]
     return [result for result in named if "failed" not in result.record]
+
+
+def starts_of(study: Study, found: Found) -> dict[str, Result]:
+    """What the variants of ``study`` start from, where that is a student that some study trained."""
+    usual = read_yaml(str(plan.HERE / study.base))["student"]["path"]
+    starts: dict[str, Result] = {}
+    for variant, settings in study.variants.items():
+        if "student" not in settings:
+            *_, of, stage, _ = Path(settings.get("student.path", usual)).parts
+            if stage in found[of][1]:
+                starts[variant] = found[of][1][stage]
+    return starts
 
 
 def drawn(runs: Sequence[Result]) -> bool:

@@ -116,7 +116,7 @@ def test_all_runs_begin_with_the_same_students(name: str) -> None:
     everything = {each: (plan.read(each), results.load(folder(each))) for each in (name, *plan.read(name).needs)}
     study, runs = everything[name]
     found: dict[str, set[str]] = {}
-    for variant, start in pages.starts_of(study, everything).items():
+    for variant, start in results.starts_of(study, everything).items():
         for run in results.of_variant(runs, variant):
             validation = (start.record["parameters"]["student"], run.record["rows"]["validation"])
             found.setdefault(str(validation), set()).add(json.dumps(run.record["curve"][0][2:]))

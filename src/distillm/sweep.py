@@ -148,8 +148,6 @@ def _together(waiting: Sequence[Cell], display: Display, jobs: int) -> dict[str,
         try:
             build(cell.run.model_copy(update={"output": f"{cell.run.output}.responses"}), display)
         except DistillmError as error:
-            if isinstance(error, Interrupted):
-                raise
             failed |= {c.run.output: str(error) for c in waiting if c.run.data == cell.run.data}
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     queue = [cell for cell in waiting if cell.run.output not in failed]
