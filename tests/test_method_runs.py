@@ -260,14 +260,12 @@ def test_runs_side_by_side_are_those_in_turn(made: Path, tmp_path: Path) -> None
     for name, jobs in (("a", 1), ("b", 2)):
         base = grid_file(made, tmp_path / name)
         # Values with a dot, as names of files, and decodings whose responses are not the same.
-        cells = cells_of(
-            str(base), ["method.name=seqkd,distillm", "optim.lr=0.01,0.02", "generation.max_new_tokens=2,3"]
-        )
+        cells = cells_of(str(base), ["method.name=seqkd", "optim.lr=0.01,0.02", "generation.max_new_tokens=2,3"])
         torch.set_num_threads(1)
         finished, failed = run_sweep(cells, Heard(), jobs)
         assert not failed, failed
         folders.append([Path(cell.run.output) for cell in finished])
-    assert len(list((tmp_path / "b" / "runs").glob("*.yaml"))) == len(folders[1]) == 8
+    assert len(list((tmp_path / "b" / "runs").glob("*.yaml"))) == len(folders[1]) == 4
     assert len(list((tmp_path / "b" / "runs").glob("responses-*.jsonl"))) == 2
     for one, other in zip(*folders, strict=True):
         assert [e["loss"] for e in steps_in(one)] == pytest.approx([e["loss"] for e in steps_in(other)], rel=1e-5)
