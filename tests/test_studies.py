@@ -80,6 +80,16 @@ def test_the_pages_are_those_of_the_results(tmp_path: Path) -> None:
         assert path.read_bytes() == (DOCS / path.name).read_bytes(), f"{path.name}: run python -m studies pages"
 
 
+def test_the_readme_counts_as_the_claims_do() -> None:
+    page = (DOCS / "claims.md").read_text(encoding="utf-8")
+    row = re.search(r"^\| DistiLLM is better than KD and SeqKD \|(.*)\|$", page, re.MULTILINE)
+    assert row
+    held, open_, reversed_, _, _ = (int(cell) for cell in row[1].split("|"))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    counts = f"of {held + open_ + reversed_} comparisons with KD and SeqKD over three seeds"
+    assert f"{counts} DistiLLM is ahead in {held}, behind in {reversed_}, and {open_} are open" in readme
+
+
 @pytest.mark.parametrize(("name", "result"), kept())
 def test_results_hold_figures_and_row_ids_alone(name: str, result: Result) -> None:
     path = folder(name) / f"{result.name}.json"
