@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 import several
 from distillm.checkpoint import list_checkpoints, step_of
+from distillm.cli import app
 from distillm.config import load_run, make_run
+from distillm.errors import ConfigError
 from distillm.pipeline import distill
 from tiny_run import Heard, events, figures, lines, materials, same_weights, scores, settings, weights
 
@@ -53,18 +56,61 @@ def run_together(folder: Path, wanted: Sequence[dict[str, Any]]) -> str:
     return told.stderr
 
 
+MARIAN = {"method": METHODS["kd"], "data.text": None, "student.dropout": 0.0, "train.micro_batch_size": 1}
+SEQKD: dict[str, Any] = {"method": {"name": "seqkd"}, "train.steps": 2, "data.text": None}
+THREE_STEPS = {"train.steps": 3, "device": "cpu"}
+
+
 def changes_of(name: str) -> dict[str, Any]:
     # Rows of one process are no multiple of two, so that one has less than the other, or nothing at all.
     return {"method": METHODS[name], "student.dropout": 0.0, "train.batch_size": 3, "train.micro_batch_size": 1}
 
 
+def going_on(steps: int) -> dict[str, Any]:
+    # With dropout: each process draws from a generator of its own, which checkpoints keep.
+    return {"method": METHODS["distillm"], "train.steps": steps, "optim.schedule": "constant"}
+
+
+@pytest.fixture(name="marian", scope="module")
+def _marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return materials(tmp_path_factory.mktemp("marian"), "marian")  # whose positions are computed once and for all
+
+
+@pytest.fixture(name="together", scope="module")
+def _together(made: Path, marian: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Where all runs of two processes are, which one launch makes, and what it said on standard error."""
+    folder = tmp_path_factory.mktemp("together")
+    (folder / "taken").mkdir()
+    (folder / "taken" / "metrics.jsonl").touch()
+
+    def wanted(name: str, changes: dict[str, Any], materials: Path = made) -> dict[str, Any]:
+        return settings(materials, folder / name, changes)
+
+    own_capacity = METHODS["distillm"] | {"capacity_per_process": True, "initial_probability": 1.0}
+    runs = [wanted(name, changes_of(name)) for name in METHODS]
+    runs += [
+        wanted("marian", MARIAN, marian),
+        wanted("written", SEQKD),
+        # Again, so that the old responses are refused; and where there are none.
+        *[wanted(name, SEQKD | {"generation.max_new_tokens": 3, "overwrite": True}) for name in ("written", "new")],
+        wanted("capacity", {"method": own_capacity, "train.steps": 8}),
+        wanted("whole", going_on(8)),
+        wanted("parts", going_on(4)),
+        wanted("parts", going_on(8) | {"resume": "auto"}),
+        wanted("alone", going_on(4)),
+        wanted("three steps", THREE_STEPS),
+        wanted("taken", {}),
+        wanted("exploding", {"optim.lr": 1e30, "optim.warmup_steps": 0}),
+    ]
+    return folder, run_together(folder, runs)
+
+
 @pytest.fixture(name="both", scope="module")
-def _both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+def _both(made: Path, together: tuple[Path, str]) -> dict[str, tuple[Path, Path]]:
     """For every method the run of one process and that of two."""
-    folder = tmp_path_factory.mktemp("runs")
-    run_together(folder, [settings(made, folder / "two" / name, changes_of(name)) for name in METHODS])
+    folder, _ = together
     return {
-        name: (distill(make_run(settings(made, folder / "one" / name, changes_of(name)))), folder / "two" / name)
+        name: (distill(make_run(settings(made, folder / "one" / name, changes_of(name)))), folder / name)
         for name in METHODS
     }
 
@@ -115,29 +161,25 @@ def test_two_processes_make_the_run_of_one(both: dict[str, tuple[Path, Path]], n
     assert_same_as_one(*both[name])
 
 
-def test_weights_without_a_gradient_hold_nobody_up(tmp_path: Path) -> None:
-    made = materials(tmp_path, "marian")  # whose positions are computed once and for all
-    changes = {"method": METHODS["kd"], "data.text": None, "student.dropout": 0.0, "train.micro_batch_size": 1}
-    run_together(tmp_path, [settings(made, tmp_path / "two", changes)])
-    mine, theirs = figures(distill(make_run(settings(made, tmp_path / "one", changes)))), figures(tmp_path / "two")
+def test_weights_without_a_gradient_hold_nobody_up(marian: Path, together: tuple[Path, str]) -> None:
+    folder, _ = together
+    one = distill(make_run(settings(marian, folder / "one" / "marian", MARIAN)))
+    mine, theirs = figures(one), figures(folder / "marian")
     assert len(mine) == len(theirs) > 8
     for left, right in zip(mine, theirs, strict=True):
         assert_near(left, right, 1e-4)  # not the weights: a key's bias has rounding for a gradient
 
 
-def test_none_reads_what_another_is_about_to_delete(made: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"method": {"name": "seqkd"}, "train.steps": 2, "data.text": None}
-    run_together(tmp_path, [settings(made, tmp_path / "run", changes)])
-    before = lines(tmp_path / "run" / "responses.jsonl")
-    again = changes | {"generation.max_new_tokens": 3, "overwrite": True}  # so that the old responses are refused
-    run_together(tmp_path, [settings(made, tmp_path / "run", again)])
-    assert len(lines(tmp_path / "run" / "responses.jsonl")) == len(before)
+def test_none_reads_what_another_is_about_to_delete(together: tuple[Path, str]) -> None:
+    folder, _ = together
+    responses = lines(folder / "written" / "responses.jsonl")
+    assert responses
+    assert responses == lines(folder / "new" / "responses.jsonl")
 
 
-def test_the_capacity_is_the_runs_or_each_process_has_its_own(made: Path, tmp_path: Path) -> None:
-    changes = {"method": METHODS["distillm"] | {"capacity_per_process": True}, "train.steps": 8}
-    run_together(tmp_path, [settings(made, tmp_path / "run", changes | {"method.initial_probability": 1.0})])
-    sizes = [entry["buffer"] for entry in lines(tmp_path / "run" / "metrics.jsonl", "step")]
+def test_the_capacity_is_the_runs_or_each_process_has_its_own(together: tuple[Path, str]) -> None:
+    folder, _ = together
+    sizes = [entry["buffer"] for entry in lines(folder / "capacity" / "metrics.jsonl", "step")]
     assert max(sizes) == 2 * METHODS["distillm"]["capacity"]
 
 
@@ -148,34 +190,21 @@ def test_every_row_is_validated_and_scored_once(both: dict[str, tuple[Path, Path
     assert [entry["step"] for entry in lines(two / "metrics.jsonl", "step")] == list(range(1, 9))
 
 
-def test_what_two_processes_leave_goes_on_as_two_or_as_one(made: Path, tmp_path: Path) -> None:
-    # With dropout: each process draws from a generator of its own, which checkpoints keep.
-    def wanted(name: str, steps: int, **more: Any) -> dict[str, Any]:
-        changes = {"method": METHODS["distillm"], "train.steps": steps, "optim.schedule": "constant", **more}
-        return settings(made, tmp_path / name, changes)
-
-    again = {"resume": "auto"}
-    run_together(
-        tmp_path,
-        [wanted("whole", 8), wanted("parts", 4), wanted("parts", 8, **again), wanted("alone", 4)],
-    )
-    assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
-    assert same_weights(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+def test_what_two_processes_leave_goes_on_as_two_or_as_one(together: tuple[Path, str]) -> None:
+    folder, _ = together
+    assert figures(folder / "parts") == figures(folder / "whole")
+    assert same_weights(weights(folder / "parts"), weights(folder / "whole"))
     display = Heard()
-    distill(load_run(str(tmp_path / "alone"), ["resume=auto", "train.steps=8"]), display)
+    distill(load_run(str(folder / "alone"), ["resume=auto", "train.steps=8"]), display)
     assert any("made with 2 processes, now there are 1" in text and "dropout" in text for text in display.said)
-    assert len(events(tmp_path / "alone", "processes")) == 1
-    assert [entry["step"] for entry in lines(tmp_path / "alone" / "metrics.jsonl", "step")] == list(range(1, 9))
+    assert len(events(folder / "alone", "processes")) == 1
+    assert [entry["step"] for entry in lines(folder / "alone" / "metrics.jsonl", "step")] == list(range(1, 9))
 
 
-def test_a_fault_in_one_process_ends_both(made: Path, tmp_path: Path) -> None:
-    taken = settings(made, tmp_path / "taken")
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "metrics.jsonl").touch()
-    exploding = settings(made, tmp_path / "exploding", {"optim.lr": 1e30, "optim.warmup_steps": 0})
-    said = run_together(tmp_path, [taken, exploding])
+def test_a_fault_in_one_process_ends_both(together: tuple[Path, str]) -> None:
+    folder, said = together
     for number in (0, 1):
-        assert f"ConfigError in {number}: {tmp_path / 'taken'} already holds a run" in said
+        assert f"ConfigError in {number}: {folder / 'taken'} already holds a run" in said
         assert f"TrainingError in {number}: step " in said
 
 
@@ -199,28 +228,29 @@ def test_the_command_says_everything_once_and_saves_when_it_is_stopped(made: Pat
     assert step_of(list_checkpoints(tmp_path / "run" / "checkpoints")[-1]) == stopped["step"]
 
 
-def test_accelerates_launcher_starts_two_and_the_result_is_shown_once(made: Path, tmp_path: Path) -> None:
-    for name in ("torchrun", "accelerate"):
-        text = yaml.safe_dump(settings(made, tmp_path / name, {"train.steps": 3, "device": "cpu"}))
-        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
-    launched = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launched += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    for launcher, name in ((TWO, "torchrun"), (launched, "accelerate")):
-        command = [*launcher, "-m", "distillm", "train", str(tmp_path / f"{name}.yaml")]
-        told = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
-        assert told.returncode == 0, told.stderr
-        assert told.stdout.count("Run: ") == 1, told.stdout
-    saved = list_checkpoints(tmp_path / "accelerate" / "checkpoints")[-1] / "state.json"
+def test_accelerates_launcher_starts_two_and_the_result_is_shown_once(
+    made: Path, together: tuple[Path, str], tmp_path: Path
+) -> None:
+    text = yaml.safe_dump(settings(made, tmp_path / "run", THREE_STEPS))
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["-m", "distillm", "train", str(tmp_path / "run.yaml")]
+    told = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("Run: ") == 1, told.stdout
+    saved = list_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json"
     assert json.loads(saved.read_text(encoding="utf-8"))["processes"] == 2
-    assert figures(tmp_path / "accelerate") == figures(tmp_path / "torchrun")
+    assert figures(tmp_path / "run") == figures(together[0] / "three steps")
 
 
-def test_other_commands_do_not_share_their_work(made: Path, tmp_path: Path) -> None:
+def test_other_commands_do_not_share_their_work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as each launcher sets it
     run = tmp_path / "run.yaml"
     run.write_text(yaml.safe_dump(settings(made, tmp_path / "run")), encoding="utf-8")
-    told = launch("-m", "distillm", "cache", "warm", run)
-    assert told.returncode != 0
-    assert "only distillm train shares its work between them" in told.stderr
+    told = CliRunner().invoke(app, ["cache", "warm", str(run)])
+    assert isinstance(told.exception, ConfigError)
+    assert "only distillm train shares its work between them" in str(told.exception)
 
 
 def test_two_machines_are_two_launchers_with_numbers(made: Path, both: dict[str, tuple[Path, Path]], tmp_path: Path):

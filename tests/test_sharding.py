@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from command_line import done
 from distillm import sharding
 from distillm.config import as_yaml, load_run, make_run
 from distillm.errors import ConfigError
@@ -51,8 +52,19 @@ def wanted(name: str) -> tuple[str, dict[str, Any]]:
     return "llama", changes_of("distillm") | OPTIONS[name]
 
 
+@pytest.fixture(name="cached", scope="module")
+def _cached(made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a run that reads what a command has kept of its teacher."""
+    folder = tmp_path_factory.mktemp("cached")
+    changes = {"method": METHODS["kd"], "teacher.cache": "disk", "teacher.cache_folder": str(folder / "cache")}
+    path = folder / "run.yaml"
+    path.write_text(as_yaml(tiny_run(made["llama"], folder / "warm", changes)), encoding="utf-8")
+    name = done("cache", "warm", str(path)).split("teacher.cached=")[1].split()[0]
+    return changes | {"teacher.cached": name} | SHARDED | {"student.dropout": 0.0}
+
+
 @pytest.fixture(name="folder", scope="module")
-def _folder(made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _folder(made: dict[str, Path], cached: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Under ``two`` every run by two processes; and one that was stopped and gone on with, sharded and not."""
     folder = tmp_path_factory.mktemp("runs")
 
@@ -68,7 +80,7 @@ def _folder(made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         changes = {"teacher.placement": "shard", "teacher.cache_folder": str(folder / "cache")} | SHARDED
         runs.append(settings(made["llama"], folder / "two" / name, changes | wanted(name)[1]))
     again = [given("whole", 8), given("parts", 4), given("parts", 8, resume="auto"), given("alone", 4)]
-    run_together(folder, [*runs, *again])
+    run_together(folder, [*runs, *again, settings(made["llama"], folder / "two" / "cached", cached)])
     return folder
 
 
@@ -96,17 +108,9 @@ def test_each_process_holds_its_part_and_all_of_it_only_inside_whole() -> None:
     assert told.stdout.count("as expected") == 2
 
 
-def test_what_was_kept_serves_several_processes(made: dict[str, Path], tmp_path: Path) -> None:
-    from command_line import done
-
-    changes = {"method": METHODS["kd"], "teacher.cache": "disk", "teacher.cache_folder": str(tmp_path / "cache")}
-    path = tmp_path / "run.yaml"
-    path.write_text(as_yaml(tiny_run(made["llama"], tmp_path / "warm", changes)), encoding="utf-8")
-    name = done("cache", "warm", str(path)).split("teacher.cached=")[1].split()[0]
-    alone = changes | {"teacher.cached": name} | SHARDED | {"student.dropout": 0.0}
-    run_together(tmp_path, [settings(made["llama"], tmp_path / "two", alone)])
-    one = distill(tiny_run(made["llama"], tmp_path / "one", alone | {"train.shard": False}))
-    assert_same_as_one(one, tmp_path / "two")
+def test_what_was_kept_serves_several_processes(made: dict[str, Path], folder: Path, cached: dict[str, Any]) -> None:
+    one = distill(tiny_run(made["llama"], folder / "one" / "cached", cached | {"train.shard": False}))
+    assert_same_as_one(one, folder / "two" / "cached")
 
 
 def test_one_process_without_a_launcher_says_that_there_is_nothing_to_spread(
