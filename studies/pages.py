@@ -1,6 +1,7 @@
 """The pages of the studies, from the results that are kept: nothing on them comes from elsewhere."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean as mean
 
@@ -9,12 +10,23 @@ from distillm.report.text import duration, score_name
 from . import claims, plan, plots, results, theory
 from .plan import Axis, Study
 from .results import Found, Result, mean_std, num_seeds, of_variant, starts_of
-from .text import minutes, models_table, named, percent, setting, shown_scores, signed, spread, table
+from .text import (
+    TO_THE_TEACHER,
+    minutes,
+    models_table,
+    named,
+    percent,
+    setting,
+    shown_scores,
+    signed,
+    spread,
+    table,
+)
 
 Groups = dict[str, list[Result]]
 HEAD = "<!-- Made by `python -m studies pages` from the results beside each study: change those, or the script. -->"
-LOSS, ROUGE = 2, 4
-"""The columns of a curve that hold validation cross-entropy and ROUGE-L; 0 is the step and 1 the seconds."""
+LOSS, DIVERGENCE, ROUGE = 2, 3, 4
+"""The columns of a curve that hold validation cross-entropy, divergence, ROUGE-L; 0 is the step and 1 the seconds."""
 
 
 def write(into: Path, folder: Callable[[str], Path]) -> list[Path]:
@@ -67,7 +79,8 @@ def methods_page(study: Study, kept: dict[str, Result], into: Path) -> list[str]
         lines += [*_scores(study, groups, kept, sets), ""]
     for data in sets:
         lines += [f"**{data}**, {_num_rows(groups, data)} rows", ""]
-        lines += [*models_table(stages_of(study, kept), data, study.metric), ""]
+        hidden = TO_THE_TEACHER if len(plan.teachers(study)) > 1 else ()
+        lines += [*models_table(stages_of(study, kept), data, study.metric, hidden), ""]
         lines += [*_scores(study, groups, kept, [data], alone=len(sets) == 1), ""]
     lines += [_reading(study, groups), ""]
     plots.curves(groups, ROUGE, "validation ROUGE-L", into / f"{study.name}-curves.svg")
@@ -97,7 +110,13 @@ def _scores(
     first = next(iter(groups.values()))[0]
     names = shown_scores(first.record["scores"][sets[0]], study.metric)[1:] if len(sets) == 1 else []
     others = [name for name in (study.baseline, "student") if name in groups or name in kept]
+    header = ["method", "seeds", score_name(study.metric), *(f"against {named(name)}" for name in others)]
+    header += [*map(score_name, names), *((*USE, "kept step", "minutes") if alone else ())]
     rows: list[list[str]] = []
+    if len(sets) > 1:  # of one set there is a table of the models
+        first_rows = [(stage, results.pooled(stage, sets, study.metric)) for stage in stages_of(study, kept)]
+        empty = [""] * (len(header) - 3)
+        rows += [[named(stage.name), "", spread(study.metric, [score]), *empty] for stage, score in first_rows]
     for variant, runs in groups.items():
         score = spread(study.metric, [results.pooled(run, sets, study.metric) for run in runs])
         differs = ["" if variant == name else _against(runs, of_variant(kept, name), sets, study) for name in others]
@@ -105,8 +124,6 @@ def _scores(
         if alone:
             more += [*_use(runs), ", ".join(str(run.record["kept_step"]) for run in runs), minutes(runs)]
         rows.append([named(variant), str(len(runs)), score, *differs, *more])
-    header = ["method", "seeds", score_name(study.metric), *(f"against {named(name)}" for name in others)]
-    header += [*map(score_name, names), *((*USE, "kept step", "minutes") if alone else ())]
     return table(header, rows)
 
 
@@ -129,11 +146,11 @@ def _use(runs: Sequence[Result]) -> list[str]:
 
 COLUMNS = (
     "*The student before* is what the methods start from. *Student's rows*: of all steps, those on what the student "
-    "wrote; *phi*: the probability of such a step, which only [DistiLLM](../methods/distillm.md) moves; *kept step*: "
-    "the checkpoint that is scored, of each seed; *cut by length*: answers, in per cent, that met the limit; *top-1 "
-    "agreement*: tokens, in per cent, at which both models find the same most likely; *minutes*: those of the "
-    "training steps, writing included, [had nothing slowed them down](time.md). What the methods and losses are: "
-    "[methods](../methods/index.md)."
+    "wrote (of DistiLLM-2, half of each); *phi*: the probability of such a step, which only "
+    "[DistiLLM](../methods/distillm.md) moves; *kept step*: the checkpoint that is scored, of each seed; *cut by "
+    "length*: answers, in per cent, that met the limit; *top-1 agreement*: tokens, in per cent, at which both models "
+    "find the same most likely; *minutes*: those of the training steps, writing included, [had nothing slowed them "
+    "down](time.md). What the methods and losses are: [methods](../methods/index.md)."
 )
 
 
@@ -171,8 +188,8 @@ def _equal_time(study: Study, groups: Groups, kept: dict[str, Result]) -> list[s
             rows.append(_reached(f"{named(variant)}, its writing paid by the clock", runs, left))
     text = (
         f"What each had reached after {duration(limit)}, when the fastest had made all its steps: the best validation "
-        "ROUGE-L of training until then, of the same runs, whose learning rate was still to fall. The first row is "
-        "what they started from."
+        "ROUGE-L of training until then, of the same runs, whose learning rate was still to fall. The best of more "
+        "validations is higher by chance, which is for the fast. The first row is what they started from."
     )
     return ["## At equal time", "", f"{text} {written_besides(kept)}".rstrip(), "", *table(EQUAL, rows)]
 
@@ -216,8 +233,7 @@ METHODS = (
     (
         "distillm-skl",
         "DistiLLM's phi starts at 0.2 (0 in the paper, but 0.2 for its largest models) and any worsening of the "
-        "validation loss raises it (in the paper one of more than 0.1): with so few validations that would hardly "
-        "ever be seen.",
+        "validation loss raises it (in the paper one of more than 0.1).",
     ),
     ("", "The plain-text loss, which the paper has beside its losses, is left out of all."),
     ("minillm", "So it is of MiniLLM, which has it as a term of its own."),
@@ -228,9 +244,28 @@ METHODS = (
 """What holds for every comparison of methods, or for those that have a variant."""
 
 
+def _validated(study: Study, groups: Groups) -> list[str]:
+    """What the validations tell beside the tables of a comparison of methods."""
+    adaptive = [run for runs in groups.values() for run in runs if run.record["method"]["name"] == "distillm"]
+    if study.kind != "methods" or not adaptive:
+        return []
+    rises = [sum(b[LOSS] - a[LOSS] > 0.1 for a, b in pairwise(run.curve)) for run in adaptive]
+    lines = [
+        f"In {sum(map(bool, rises))} of {len(rises)} runs of DistiLLM a validation loss was higher by more than 0.1 "
+        f"than the one before (in each at most {max(rises)}): by the paper's rule phi would hardly adapt here."
+    ]
+    if len(plan.teachers(study)) > 1:
+        start = adaptive[0].curve[0][DIVERGENCE]
+        lines.append(
+            "The student before was made beside the teacher as it came, so that the tables of models leave out how "
+            f"near it is to the fine-tuned one: in validation {start:.2f} nats/token, when the methods begin."
+        )
+    return lines
+
+
 def _to_be_known(study: Study, groups: Groups, kept: dict[str, Result], always: Sequence[str] = ()) -> list[str]:
     """What a reader must know before believing the tables: words of the study, and what became of its runs."""
-    lines = [*study.remarks, *always]
+    lines = [*study.remarks, *always, *_validated(study, groups)]
     worse = {variant: sum("worse" in run.record["events"] for run in runs) for variant, runs in groups.items()}
     if any(worse.values()):
         of = [f"{named(variant)} ({count} of {len(groups[variant])})" for variant, count in worse.items() if count]

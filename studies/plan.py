@@ -180,6 +180,12 @@ def stage_run(study: Study, stage: Stage, place: Place) -> Run:
     return _run(study, study.name + "/" + stage.train, stage.settings, place, stage.name)
 
 
+def teachers(study: Study) -> set[str]:
+    """The teachers beside which the study's runs are measured: stages may be made before the variants' own is there."""
+    files = [study.base, *(f"{study.name}/{stage.train}" for stage in study.stages if stage.train)]
+    return {read["teacher"]["path"] for file in files if "teacher" in (read := read_yaml(str(HERE / file)))}
+
+
 def cells(study: Study, place: Place) -> list[Cell]:
     """The runs of the study, all variants with a seed before the next seed."""
     wanted = study.smoke.variants if place.smoke else None

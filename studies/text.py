@@ -22,6 +22,7 @@ NAMES = {
     "distillm-skl": "DistiLLM, SKL",
     "distillm-srkl": "DistiLLM, SRKL",
     "distillm2": "DistiLLM-2",
+    "teacher": "the teacher",
     "student": "the student before",
     "sft-3e-4": "SFT at 3e-4",
     "minillm-3e-4": "MiniLLM at 3e-4",
@@ -39,6 +40,8 @@ NAMES = {
     "replay-increasing": "SKL, replay rising",
 }
 """What variants are called on the pages."""
+TO_THE_TEACHER = ("divergence", "agreement")
+"""Scores that say how near a student is to the teacher that it was scored beside."""
 HIDDEN = ("response_tokens", "calibration_error", "exact_match", "perplexity")
 """Scores that would make a table too wide; they are in the results."""
 
@@ -124,12 +127,13 @@ def shown_scores(scores: Sequence[str], first: str) -> list[str]:
     return [first, *(name for name in scores if name != first and name not in HIDDEN)]
 
 
-def models_table(stages: Sequence[Result], data: str, first: str) -> list[str]:
-    """What the teacher and the student before distillation score, and what they cost."""
+def models_table(stages: Sequence[Result], data: str, first: str, hidden: Sequence[str] = ()) -> list[str]:
+    """What the teacher and the student before distillation score, but for ``hidden`` scores, and what they cost."""
     systems = [(stage.name, stage, stage.record["scores"]) for stage in stages]
     untrained = [(f"{stage.name} as it came", stage, stage.record["before"]) for stage in stages]
     systems = [each for pair in zip(untrained, systems, strict=True) for each in pair if data in each[2]]
     names = shown_scores(list(dict.fromkeys(name for _, _, scores in systems for name in scores[data])), first)
+    names = [name for name in names if name not in hidden]
     rows = [
         [
             name,
