@@ -1,7 +1,6 @@
-"""The memory that ``distillm check`` foresees is what the run then holds: three kinds of runs, each in a process."""
+"""The memory that ``distillm check`` foresees is what the run then holds: three kinds of runs."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,39 +14,25 @@ from tiny_run import rows, settings, write_rows
 MEASURE = """
 import json, os, sys
 import distillm.checking, distillm.pipeline
-run = distillm.config.load_run(sys.argv[1])
 
-def foreseen():
+def foreseen(run):
     cost = distillm.checking.check(run).cost
     assert cost.work, "no step was tried"
     return cost.memory
 
-def held():
+def held(run):
     log = distillm.pipeline.distill(run) / "metrics.jsonl"
     times = [json.loads(line) for line in log.read_text().splitlines()]
     return max(entry["peak_bytes"] for entry in times if entry["kind"] == "time")
 
-for work in (foreseen, held):  # each in a process of its own, which begins with what is imported here
-    child = os.fork()
-    if child == 0:
-        print("measured", work(), flush=True)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+for path in sys.argv[1:]:
+    for work in (foreseen, held):  # each in a process of its own, which begins with what is imported here
+        child = os.fork()
+        if child == 0:
+            print("measured", path, work(distillm.config.load_run(path)), flush=True)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
 """
-
-
-def measured(path: Path) -> tuple[int, int]:
-    """What is foreseen, and what is held then, in bytes."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    foreseen, held = (int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("measured"))
-    return foreseen, held
 
 
 def weights_and_their_averages(folder: Path) -> dict[str, Any]:
@@ -84,15 +69,34 @@ def what_the_student_writes(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [weights_and_their_averages, activations, what_the_student_writes])
-def test_memory_is_foreseen_within_a_fifth(case: Any, tmp_path: Path) -> None:
-    changes = case(tmp_path)
-    write_rows(tmp_path / "valid.jsonl", rows(2, 20))
-    write_rows(tmp_path / "test.jsonl", rows(2, 40))
-    common = {"data.text": None, "validation": {"samples": 1}, "evaluation.seeds": [1], "checkpoint": {}}
-    path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(settings(tmp_path, tmp_path / "run", common | changes)), encoding="utf-8")
-    foreseen, held = measured(path)
+CASES = (weights_and_their_averages, activations, what_the_student_writes)
+
+
+@pytest.fixture(name="measured", scope="module")
+def _measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
+    """Bytes by case: what is foreseen, and what is held then."""
+    paths: dict[str, str] = {}
+    for case in CASES:
+        folder = tmp_path_factory.mktemp(case.__name__)
+        changes = case(folder)
+        write_rows(folder / "valid.jsonl", rows(2, 20))
+        write_rows(folder / "test.jsonl", rows(2, 40))
+        common = {"data.text": None, "validation": {"samples": 1}, "evaluation.seeds": [1], "checkpoint": {}}
+        (folder / "run.yaml").write_text(json.dumps(settings(folder, folder / "run", common | changes)), "utf-8")
+        paths[str(folder / "run.yaml")] = case.__name__
+    done = subprocess.run([sys.executable, "-c", MEASURE, *paths], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, list[int]] = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("measured"):
+            _, path, count = line.split()
+            found.setdefault(paths[path], []).append(int(count))
+    return found
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_memory_is_foreseen_within_a_fifth(case: str, measured: dict[str, list[int]]) -> None:
+    foreseen, held = measured[case]
     empty = 400 * 2**20  # about what Python with torch and transformers takes
     assert held > 2 * empty, "the run is too small to say anything"
     assert abs(foreseen - held) <= 0.2 * held, f"foreseen {foreseen / 2**20:.0f} MiB, held {held / 2**20:.0f} MiB"
