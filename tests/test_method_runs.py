@@ -255,20 +255,23 @@ def test_a_sweep_stops_though_a_run_was_about_to_end_when_it_was_asked(
 
 
 def test_runs_side_by_side_are_those_in_turn(made: Path, tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    folders = []
-    for name, jobs in (("a", 1), ("b", 2)):
-        base = grid_file(made, tmp_path / name)
+    torch.set_num_threads(1)
+    runs: list[list[Path]] = []
+    for name, jobs in (("turn", 1), ("side", 2)):
+        (tmp_path / name).mkdir()
         # Values with a dot, as names of files, and decodings whose responses are not the same.
-        cells = cells_of(str(base), ["method.name=seqkd", "optim.lr=0.01,0.02", "generation.max_new_tokens=2,3"])
-        torch.set_num_threads(1)
-        finished, failed = run_sweep(cells, Heard(), jobs)
+        swept = ["method.name=seqkd", "optim.lr=0.01,0.02", "generation.max_new_tokens=2,3"]
+        cells = cells_of(str(grid_file(made, tmp_path / name)), swept)
+        finished, failed = run_sweep(cells if jobs == 1 else cells[::3], Heard(), jobs)
         assert not failed, failed
-        folders.append([Path(cell.run.output) for cell in finished])
-    assert len(list((tmp_path / "b" / "runs").glob("*.yaml"))) == len(folders[1]) == 4
-    assert len(list((tmp_path / "b" / "runs").glob("responses-*.jsonl"))) == 2
-    for one, other in zip(*folders, strict=True):
-        assert [e["loss"] for e in steps_in(one)] == pytest.approx([e["loss"] for e in steps_in(other)], rel=1e-5)
+        runs.append([Path(cell.run.output) for cell in finished])
+        assert len(list((tmp_path / name / "runs").glob("responses-*.jsonl"))) == 2
+    in_turn = {path.name: path for path in runs[0]}
+    assert (len(in_turn), len(runs[1])) == (4, 2)
+    for path in runs[1]:
+        losses = [[e["loss"] for e in steps_in(each)] for each in (in_turn[path.name], path)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert (path.parent / f"{path.name}.yaml").is_file()
 
 
 @pytest.mark.parametrize("together", [False, True])  # the signal for the sweep alone, and for all processes of its job
