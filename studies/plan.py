@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from distillm.config import Run, make_run, read_yaml
 from distillm.errors import ConfigError
+from distillm.explain import explain
 from distillm.sweep import Cell
 
 HERE = Path(__file__).parent
@@ -141,11 +141,15 @@ def read(name: str) -> Study:
     """The study called ``name``.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or its file has a mistake.
     """
-    if not (HERE / name / "study.yaml").is_file():
+    path = HERE / name / "study.yaml"
+    if not path.is_file():
         raise ConfigError(f"there is no study {name}; there are {', '.join(names())}")
-    return Study(name=name, **yaml.safe_load((HERE / name / "study.yaml").read_text(encoding="utf-8")))
+    try:
+        return Study(name=name, **read_yaml(str(path)))
+    except ValidationError as error:
+        raise ConfigError(explain(error, Study, f"studies/{name}/study.yaml")) from None
 
 
 @dataclass(frozen=True)

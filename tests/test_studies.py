@@ -280,6 +280,17 @@ def test_a_mistake_in_a_study_is_named(changes: dict[str, Any], said: str) -> No
         Study(**(good | changes))
 
 
+def test_a_mistake_in_a_studys_file_is_an_error_of_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "HERE", tmp_path)
+    (tmp_path / "mine").mkdir()
+    for text, said in (("seeds: many", "seeds"), ("title: a\ntitle: b", "title")):
+        (tmp_path / "mine" / "study.yaml").write_text(text)
+        done = CliRunner().invoke(app, ["run", "mine"])
+        assert isinstance(done.exception, SystemExit)
+        assert "error: " in done.stderr
+        assert said in done.stderr
+
+
 def test_a_model_that_cannot_be_brought_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make, "MODELS", tmp_path / "fetch.py")
     with pytest.raises(ConfigError, match=r"fetch.py is not here; put the model smollm2 there"):
