@@ -74,12 +74,12 @@ def methods_page(study: Study, kept: dict[str, Result], into: Path) -> list[str]
     groups = groups_of(study, kept)
     lines = [*_opening(study, groups), "## Scores", ""]
     sets = test_sets(groups)
+    hidden = TO_THE_TEACHER if len(plan.teachers(study)) > 1 else ()
     if len(sets) > 1:
         lines += [f"**All {len(sets)} test sets together**, {sum(_num_rows(groups, data) for data in sets)} rows", ""]
         lines += [*_scores(study, groups, kept, sets), ""]
     for data in sets:
         lines += [f"**{data}**, {_num_rows(groups, data)} rows", ""]
-        hidden = TO_THE_TEACHER if len(plan.teachers(study)) > 1 else ()
         lines += [*models_table(stages_of(study, kept), data, study.metric, hidden), ""]
         lines += [*_scores(study, groups, kept, [data], alone=len(sets) == 1), ""]
     lines += [_reading(study, groups), ""]

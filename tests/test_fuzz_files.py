@@ -165,7 +165,7 @@ def test_whole_characters_written_as_two_halves_are_read(folder: Path):
     assert rows[0]["instruction"] == "\U0001f98a"
 
 
-@pytest.mark.parametrize("name", ["closed.jsonl", "no.parquet"])
+@pytest.mark.parametrize("name", ["closed.jsonl", "half.jsonl", "open.csv", "no.parquet"])
 def test_a_process_of_its_own_ends_without_a_traceback(folder: Path, name: str):
     (folder / name).write_bytes(NAMED[name])
     arguments = [sys.executable, "-m", "distillm", "tokenizer", name, "-o", "new"]

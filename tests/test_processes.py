@@ -264,14 +264,15 @@ def test_two_machines_are_two_launchers_with_numbers(made: Path, both: dict[str,
         subprocess.Popen(
             [*TORCHRUN, *ends, "--node-rank", str(number), "-m", "distillm", "train", str(wanted)],
             env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for number in (0, 1)
     ]
-    said = [launcher.communicate(timeout=120)[1] for launcher in launchers]
+    shown, said = zip(*(launcher.communicate(timeout=120) for launcher in launchers), strict=True)
     assert [launcher.returncode for launcher in launchers] == [0, 0], said
+    assert "".join(shown).count("Run: ") == 1, shown
     _, two = both["distillm"]
     assert figures(tmp_path / "run") == figures(two)
     assert same_weights(weights(tmp_path / "run"), weights(two))
