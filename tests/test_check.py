@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from distillm.checking import Checked, check, mistakes
@@ -297,6 +298,37 @@ def test_every_method_is_tried(method: dict[str, Any], made: Path, tmp_path: Pat
     assert checked.cost.disk > 3 * 4 * sum(p.numel() for p in checked.subject.models.student.parameters())
 
 
+@pytest.mark.parametrize(("method", "size"), [("distillm", 10), ("distillm", 32), ("distillm2", 10), ("distillm2", 32)])
+def test_as_many_rows_are_tried_as_a_step_has(
+    method: str, size: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 12 rows a batch of 32 has all, and DistiLLM-2 two responses to each."""
+    from distillm.pipeline import distill
+    from distillm.scoring import Pair
+
+    score, trained = Pair.score, list[int]()
+
+    def counted(pair: Pair, rows: list[Any], *args: Any, **options: Any) -> Any:
+        if torch.is_grad_enabled():
+            trained.append(len(rows))
+        return score(pair, rows, *args, **options)
+
+    monkeypatch.setattr(Pair, "score", counted)
+    train = {
+        "steps": 2,
+        "batch_size": size,
+        "micro_batch_size": 99,
+        "packing": True,
+    }  # packed rows are not cut by length
+    changes: dict[str, Any] = {"method": {"name": method}, "data.text": None, "train": train}
+    run = tiny_run(made, tmp_path / "run", changes)
+    check(run)
+    tried = max(trained)
+    trained.clear()
+    distill(run)
+    assert tried == max(trained)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bart", "t5"])
 def test_other_models(kind: str, tmp_path: Path) -> None:
     checked = found(materials(tmp_path / "made", kind), tmp_path)
@@ -334,7 +366,7 @@ def test_flops_are_those_of_the_run(made: Path, tmp_path: Path) -> None:
     same = write_rows(tmp_path / "same.jsonl", [{"instruction": f"Say {i}.", "output": f"{i}."} for i in range(8)])
     changes: dict[str, Any] = {
         "method": {"name": "sft"}, "teacher": None, "data.train": str(same), "data.validation": str(same),
-        "data.test": {}, "data.text": None, "train": {"steps": 10, "batch_size": 2},
+        "data.test": {}, "data.text": None, "train": {"steps": 10, "batch_size": 5},  # batches of 5 and of 3
         "validation": {"samples": 0, "every": 5},
     }  # fmt: skip
     run = tiny_run(made, tmp_path / "run", changes)

@@ -18,7 +18,7 @@ from ..caching import MEMORY_SHARE
 from ..checkpoint import student_tensors
 from ..evaluation.run import seeds_used
 from ..generation import Mixture, generate
-from ..method_settings import Distillm2, MiniLlm
+from ..method_settings import Distillation, Distillm2, MiniLlm
 from ..paths import nearest_folder
 from ..sources import Draw
 from ..train import training_steps
@@ -102,7 +102,8 @@ def estimate(subject: Subject) -> Cost:
 def heaviest(subject: Subject) -> list[Example]:
     """A micro-batch of the longest rows; as long as the student may write them, where it trains on its responses."""
     run, method = subject.run, subject.run.method
-    examples = [subject.train[i % len(subject.train)] for i in range(run.train.micro_batch_size)]
+    count = min(run.train.micro_batch_size, subject.most_rows)
+    examples = [subject.train[i % len(subject.train)] for i in range(count)]
     if subject.student_writes:
         examples = [_as_written(e, run.generation.max_new_tokens) for e in examples]
     if isinstance(method, MiniLlm):
@@ -110,7 +111,7 @@ def heaviest(subject: Subject) -> list[Example]:
     if isinstance(method, Distillm2):
         origins: tuple[Literal["student", "teacher"], ...] = ("teacher", "student")
         examples = [replace(e, origin=origins[i % 2]) for i, e in enumerate(examples)]
-    return examples + subject.rows.text[: run.train.micro_batch_size]
+    return examples + subject.rows.text[: min(run.train.micro_batch_size, run.train.batch_size)]
 
 
 def _as_written(example: Example, most: int) -> Example:
@@ -170,8 +171,7 @@ def _teacher_reads(subject: Subject, rows: list[Example]) -> Rate | None:
 
 def _training(subject: Subject, trains: Rate, teacher: Rate | None, optimizer: float) -> Iterator[Work]:
     run, row = subject.run, subject.prompt_tokens + subject.response_tokens
-    rows_of_step = run.train.batch_size * (2 if isinstance(run.method, Distillm2) else 1)
-    visited = subject.steps * rows_of_step * row
+    visited = subject.steps * subject.rows_of_step * (2 if isinstance(run.method, Distillm2) else 1) * row
     text = subject.rows.text
     yield trains.of("training", visited + subject.steps * run.train.batch_size * (run.data.text_length if text else 0))
     yield Work("training", optimizer * subject.steps, 0)
@@ -253,20 +253,19 @@ def _writes(subject: Subject, writer: Literal["student", "teacher"], teacher_mix
 
 def _written(subject: Subject) -> float:
     """Responses that the student writes in training; of an adaptive probability, which only the run shows, half."""
-    run, method = subject.run, subject.run.method
-    return method.written_share / (2 if method.replays else 1) * subject.steps * run.train.batch_size
+    method = subject.run.method
+    return method.written_share / (2 if method.replays else 1) * subject.steps * subject.rows_of_step
 
 
 def _at_once(subject: Subject) -> int:
     """Responses that are written at a time, at most."""
-    run = subject.run
-    sizes = [
-        min(run.evaluation.batch_size, len(subject.scored)),
-        min(run.generation.batch_size, run.validation.samples),
-    ]
-    if subject.student_writes:
-        sizes.append(min(run.generation.batch_size, run.train.batch_size))
-    return max(*sizes, 1)
+    run, method, rows = subject.run, subject.run.method, subject.rows
+    asked = [1, min(run.validation.samples, len(rows.validation.examples))]
+    if isinstance(method, Distillm2) or (run.teacher_writes and subject.models.teacher is not None):
+        asked.append(len(rows.train.examples))
+    elif isinstance(method, Distillation | MiniLlm) and subject.student_writes:
+        asked.append(subject.most_rows * (1 + method.max_staleness))
+    return max(min(run.evaluation.batch_size, len(subject.scored)), min(run.generation.batch_size, max(asked)))
 
 
 def _keeps(subject: Subject) -> int:

@@ -9,9 +9,11 @@ from accelerate import Accelerator
 from ..caching import Need, cache_kind, states_needed
 from ..config import Run
 from ..loading import Models
+from ..method_settings import Distillm2
 from ..methods import Method
 from ..project import validated_every
 from ..rows import Read, RowSets
+from ..sources import steps_per_epoch
 from ..types import Example, last_turn
 
 
@@ -40,6 +42,18 @@ class Subject:
     def scored(self) -> list[Example]:
         """The test rows, of all sets."""
         return [example for rows in self.rows.tests.values() for example in rows.examples]
+
+    @property
+    def most_rows(self) -> int:
+        """Of the data, in a step: a batch, or all where there are fewer; of DistiLLM-2 each with two responses."""
+        rows = min(self.run.train.batch_size, len(self.rows.train.examples))
+        return rows * (2 if isinstance(self.run.method, Distillm2) else 1)
+
+    @property
+    def rows_of_step(self) -> float:
+        """Of the data, in a step, the mean: the last batch of an epoch has what is left."""
+        rows = len(self.rows.train.examples)
+        return rows / steps_per_epoch(rows, self.run.train.batch_size)
 
     @cached_property
     def prompt_tokens(self) -> float:
