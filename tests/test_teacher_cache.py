@@ -420,8 +420,10 @@ def test_auto_says_in_one_line_where_states_are_kept(tmp_path: Path, monkeypatch
     assert len(said) == 1
     assert "in memory" in said[0]
     assert len(cache.once) == 3  # the test rows
-    cache, _ = chosen(**{"method": {"name": "kd"}, "train.steps": 3})
-    assert len(cache.once) == 3 + 12  # and the rows of the only epoch
+    for size in (4, 5, 20):  # also where the last batch has fewer rows, or all have not enough for one
+        changes = {"method": {"name": "kd"}, "train": {"epochs": 1, "batch_size": size}}
+        cache, _ = chosen(**changes)
+        assert len(cache.once) == 3 + 12  # and the rows of the only epoch
     assert cache.replayed is None
     (tmp_path / "other").mkdir()
     named = write_rows(tmp_path / "other" / "train.jsonl", rows(3, 40))  # whose ids are those of training rows

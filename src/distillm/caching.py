@@ -21,6 +21,7 @@ from .paths import nearest_folder
 from .processes import by_first, count_here
 from .scoring import Pair
 from .served_teacher import ServedTeacher
+from .sources import steps_per_epoch
 from .teacher_cache import Disk, Memory, TeacherCache, content
 from .types import Example
 
@@ -111,7 +112,8 @@ def states_needed(
 ) -> Need:
     """What keeping the teacher's states would take at most in a run of ``steps`` steps."""
     assert run.teacher is not None
-    again = method.reads_teacher and run.method.written_share != 1 and steps * run.train.batch_size > len(train)
+    epoch = steps_per_epoch(len(train), run.train.batch_size)
+    again = method.reads_teacher and run.method.written_share != 1 and steps > epoch
     row_bytes = _width(models) * getattr(torch, run.teacher.dtype).itemsize
     # Test rows are read before training and after it, and not kept: `eval`, which has no cache, reads them in batches
     # and gives the very scores of the run. A server's answers have no such last bits, and cost more.
