@@ -41,7 +41,7 @@ def weights_and_their_averages(folder: Path) -> dict[str, Any]:
     save(tiny_model("llama", layers=4, **size), tiny_tokenizer(), folder / "student")
     save(tiny_model("llama", layers=5, **size), tiny_tokenizer(), folder / "teacher")
     write_rows(folder / "train.jsonl", rows(10))
-    return {"method": {"name": "kd"}, "train": {"steps": 3, "batch_size": 2}, "generation.max_new_tokens": 8}
+    return {"method": {"name": "kd"}, "train": {"steps": 2, "batch_size": 2}, "generation.max_new_tokens": 8}
 
 
 def activations(folder: Path) -> dict[str, Any]:
@@ -65,7 +65,8 @@ def what_the_student_writes(folder: Path) -> dict[str, Any]:
     write_rows(folder / "train.jsonl", rows(10))
     return {
         "method": {"name": "distillm", "initial_probability": 1.0, "capacity": 32},
-        "train": {"steps": 3, "batch_size": 16, "micro_batch_size": 16}, "generation.max_new_tokens": 96,
+        "train": {"steps": 2, "batch_size": 16, "micro_batch_size": 16}, "generation.max_new_tokens": 96,
+        "validation": {"samples": 1, "every": 2},
     }  # fmt: skip
 
 

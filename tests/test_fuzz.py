@@ -17,6 +17,7 @@ from distillm.config import Run, load_run, make_run, recipes
 from distillm.data import Task
 from distillm.errors import ConfigError, DataError
 from distillm.explain import leaves
+from distillm.settings_text import DEEPEST, check, load_yaml
 from distillm.tasks import load_task, tasks
 from fuzzing import ODD_TEXTS, ODD_VALUES, check_message, fuzz, odd_texts, odd_values, outcome
 from fuzzing import damaged as broken
@@ -37,6 +38,9 @@ NAMED = {
     "a list in itself": "data: &a [*a]",
     "a section in itself": "student: &s {path: *s}",
     "the whole in itself": "&a {student: *a}",
+    "names of names of names": "a: [&a0 [x]"
+    + "".join(f", &a{i} [*a{i - 1}]" for i in range(1, 3000))
+    + "]\n? *a2999\n: 1\n",
     "no timestamp": "a: !!timestamp foo",
     "no number": "a: !!int ''",
     "no truth": "a: !!bool maybe",
@@ -136,6 +140,17 @@ def test_a_value_that_holds_itself_is_refused():
     inner: dict[str, Any] = {}
     inner["a"] = inner
     assert "a value holds itself" in str(outcome(lambda: make_run({**BASE, "provenance": inner})))
+
+
+@pytest.mark.parametrize("one", ["[{}]", "{{a: {}}}"])
+def test_nesting_is_counted_alike_where_it_is_read_and_where_it_is_looked_through(one: str):
+    nested = ["1"]
+    while len(nested) < DEEPEST + 2:
+        nested.append(one.format(nested[-1]))
+    for load in (load_yaml, lambda text: check(yaml.safe_load(text))):
+        load(nested[DEEPEST])
+        with pytest.raises(ValueError, match=f"nested deeper than {DEEPEST}"):
+            load(nested[DEEPEST + 1])
 
 
 def test_a_key_that_is_there_twice_is_named_with_its_line(folder: Path):

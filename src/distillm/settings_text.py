@@ -12,7 +12,20 @@ DIGITS = 300
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader; a key that is there twice is an error, where YAML itself would take the last silently."""
+    """The safe loader; a key that is there twice is an error, where YAML itself would take the last silently.
+
+    So is what is nested too deeply, as soon as it is met: the time that YAML takes rises with the square of the depth.
+    """
+
+    depth = -1
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError(f"it is nested deeper than {DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -39,7 +52,7 @@ def load_yaml(text: str) -> Any:
             loader.dispose()
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
-    except RecursionError:
+    except RecursionError:  # by names of names
         raise ValueError(f"it is nested deeper than {DEEPEST} levels") from None
     except (AttributeError, LookupError, TypeError) as error:  # such as !!timestamp before what is none
         raise ValueError(f"a value is not what its tag says ({type(error).__name__}: {error})") from error
