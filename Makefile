@@ -26,7 +26,7 @@ demo: $(VENV)/.teacher
 	$(BIN)/distillm demo $(DEMO)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile -q
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder -q
 
 # The tests on ../shared as well: they fail where it is absent instead of being skipped.
 test-data: $(VENV)/.dev $(VENV)/.teacher

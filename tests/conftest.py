@@ -26,12 +26,21 @@ if not torch.cuda.is_available():
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+LONG = ("sharding", "processes", "check_memory", "triton", "teacher_cache", "studies", "seq2seq_runs", "resume")
+"""Files that take long and that the alphabet puts last: one of two workers would still be at one, the other done."""
+
+
 @pytest.fixture(name="made", scope="module")
 def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a tiny run needs, once for each file of tests."""
     from tiny_run import materials  # not before the environment above
 
     return materials(tmp_path_factory.mktemp("made"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first; `--no-loadscope-reorder` of pytest-xdist leaves it there."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
 def pytest_collection_finish() -> None:

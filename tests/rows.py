@@ -14,20 +14,9 @@ from distillm.schedules import Schedule, constant
 from distillm.scoring import Pair
 from distillm.sources import Draw, ReplayBuffer
 from distillm.train import Step, training_steps
-from distillm.types import Example, Origin, State
+from distillm.types import Example, State
+from kept_states import NUM_TOKENS, row, tokens
 from tiny import layout_for, tiny_model
-
-NUM_TOKENS = 41
-
-
-def tokens(seed: int, length: int, below: int = NUM_TOKENS) -> list[int]:
-    return torch.randint(2, below, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def row(number: int, prompt: int = 3, response: int = 4, origin: Origin = "data", **rest: Any) -> Example:
-    """A row of ``prompt`` random tokens and ``response`` ones to be learned."""
-    marks = [False] * prompt + [True] * response
-    return Example(f"row:{number}", tokens(number, prompt + response), marks, origin, **rest)
 
 
 def prompts(*lengths: int) -> list[Example]:

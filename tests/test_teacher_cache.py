@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from distillm.pipeline import distill
 from distillm.scoring import Pair
 from distillm.teacher_cache import Disk, Memory, Store, TeacherCache, content, entries, teachers
 from distillm.types import Example, State
+from kept_states import never, saying, states_of
 from rows import row, teacher_of, text_row, tiny_pair, tokens
 from tiny import tiny_causal
 from tiny_run import lines, materials, rows, settings, tiny_run, weights, write_rows
@@ -53,26 +53,12 @@ def cached(pair: Pair, store: Store | None, replayed: Store | None = None, batch
     return replace(pair, cache=TeacherCache("teacher", store, replayed or Memory(2**20), batch_size))
 
 
-def states_of(rows: Sequence[Example]) -> list[Tensor]:
-    """What stands for a teacher that has read ``rows``."""
-    return [torch.tensor([[float(t), 1.0] for t in r.response]) for r in rows]
-
-
-def saying(read: Any) -> Any:
-    """A teacher whose states ``read`` gives."""
-    return SimpleNamespace(states=read, joint=False, lend=never)
-
-
 def said_by_teacher(pair: Pair, rows: Sequence[Example]) -> Tensor:
     """What its unembedding is fed: the logits of a row depend in their last bit on how many rows are multiplied."""
     head = pair.score(rows, STATE, with_teacher=True).teacher
     assert head is not None
     assert head.weight is not None
     return head.hidden
-
-
-def never(*_: Any) -> None:
-    raise AssertionError("the teacher was asked to read again")
 
 
 # ------------------------------------------------------------------------------------------------------- exactness
@@ -128,7 +114,7 @@ def test_a_second_run_has_the_teacher_read_nothing_of_the_data(tmp_path: Path, m
     assert all(torch.equal(a, weights(second)[name]) for name, a in weights(first).items())
 
 
-def test_a_step_on_kept_rows_costs_the_teachers_unembedding_alone() -> None:
+def test_a_step_on_rows_costs_the_teachers_unembedding_alone() -> None:
     pair = cached(tiny_pair(dtype=torch.float32), Memory(2**20))
     rows = [row(0, 5, 3), row(1, 7, 6)]
 
@@ -218,8 +204,7 @@ FILL = """
 import sys, torch
 from pathlib import Path
 from distillm.teacher_cache import Disk, TeacherCache
-from rows import row
-from test_teacher_cache import saying, states_of
+from kept_states import row, saying, states_of
 torch.set_num_threads(1)
 cache = TeacherCache("teacher", Disk(Path(sys.argv[1]), "teacher", 2**30, print), None)
 print("ready", flush=True)
@@ -335,8 +320,7 @@ FULL = """
 import resource, sys, torch
 from pathlib import Path
 from distillm.teacher_cache import Disk, TeacherCache
-from rows import row
-from test_teacher_cache import saying, states_of
+from kept_states import row, saying, states_of
 cache = TeacherCache("teacher", Disk(Path(sys.argv[1]), "teacher", 2**30, print), None)
 cache.states([row(0)], saying(states_of))
 resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))  # from here on no file can grow beyond 64 bytes
