@@ -102,6 +102,17 @@ def test_a_run_stopped_again_and_again_ends_as_if_it_never_had_been(made: Path, 
     assert [entry["step"] for entry in lines(folder / "metrics.jsonl", "step")] == list(range(1, 9))
 
 
+def test_where_the_teachers_states_are_kept_is_decided_as_the_run_begins(
+    made: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = tiny_run(made, tmp_path / "run")
+    stopped(lambda: distill(run), "_log_step", 4)
+    # Less memory is free now; read together, not one by one, rows would have other last bits.
+    monkeypatch.setattr("distillm.caching.cache_kind", lambda *_: "off")  # pyright: ignore[reportUnknownLambdaType]
+    assert_same_run(resumed(tmp_path / "run"), whole)
+    assert not same_weights(weights(distill(tiny_run(made, tmp_path / "other"))), weights(whole))
+
+
 @pytest.mark.parametrize("method", [{"name": "sft"}, {"name": "kd", "kd_weight": 0.5}])
 def test_methods_without_a_buffer_resume_as_well(made: Path, tmp_path: Path, method: dict[str, Any]):
     changes = {"method": method, "validation.select": "rouge_l"}

@@ -192,7 +192,7 @@ def test_a_run_notes_what_open_settings_came_to_and_goes_on_as_it_was_asked(made
     folder = distill(run)
     saved = yaml.safe_load((folder / "run.yaml").read_text())
     resolved = {"train.steps": 8, "validation.every": 4, "checkpoint.every": 4, "evaluation.temperature": 1.0}
-    assert saved["provenance"]["resolved"] == resolved
+    assert saved["provenance"]["resolved"] == resolved | {"teacher.cache": "memory"}
     distill(run.model_copy(update={"resume": "auto"}))
     distill(load_run(str(folder / "run.yaml"), ["resume=auto"]))
     assert [event["message"] for event in events(folder, "resumed")] == ["from step-00000008"] * 2

@@ -25,6 +25,7 @@ from .sources import steps_per_epoch
 from .teacher_cache import Disk, Memory, TeacherCache, content
 from .types import Example
 
+Kind = Literal["memory", "disk", "off"]
 MEMORY_SHARE = 0.25
 """Of the memory that is free, at most this part holds states."""
 
@@ -40,10 +41,12 @@ def make_cache(
     steps: int,
     note: Note,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    before: Kind | None = None,
 ) -> TeacherCache | None:
     """The cache that ``run.teacher.cache`` asks for; what ``auto`` comes to is said in one line.
 
-    ``precision`` is what training computes in.
+    ``precision`` is what training computes in. ``before`` is what ``auto`` came to when the run began: where rows are
+    kept they are read one by one, which differs in the last bits from reading them together.
     """
     given, teacher = run.teacher, models.pair.teacher
     if given is None or teacher is None:
@@ -62,7 +65,7 @@ def make_cache(
     memory = memory_for_states()
     kind, room = given.cache, f"{size(need.lasting + need.replayed)} of hidden states at most"
     if kind == "auto":
-        kind = by_first(lambda: cache_kind(given, need))  # all do the same, however much memory each one has
+        kind = before or by_first(lambda: cache_kind(given, need))  # all do the same, however much memory each one has
         where = {
             "memory": "in memory",
             "disk": f"in {given.folder}",
@@ -178,7 +181,7 @@ def teacher_name(models: Models, given: Teacher) -> str:
     return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
 
 
-def cache_kind(given: Teacher, need: Need) -> Literal["memory", "disk", "off"]:
+def cache_kind(given: Teacher, need: Need) -> Kind:
     """Where states are kept: where it was asked for, or where there is room for them."""
     if given.cache != "auto":
         return given.cache

@@ -18,14 +18,14 @@ from .assembly import make_accelerator, make_sampling
 from .assess import answers, assess, by_token, teacher_cross_entropy
 from .card import hub_names, write_card
 from .checkpoint import list_checkpoints, load_checkpoint, load_student, save_checkpoint, step_of
-from .config import Run, as_yaml, changed, read_yaml
+from .config import Run, as_yaml, changed
 from .display import Display
-from .errors import ConfigError, Interrupted, ProcessError, StorageError, Terminated, TrainingError
+from .errors import Interrupted, ProcessError, StorageError, Terminated, TrainingError
 from .evaluation.run import decode, seeds_used
 from .folder import RunFolder
 from .kept_teacher import KeptTeacher
 from .processes import anyone, by_first, count, dealt, first_alone, out_of_touch, writes
-from .project import Project, Stop, build, save_student, training, unless_stopped, validated
+from .project import Project, Stop, build, save_student, saved_settings, training, unless_stopped, validated
 from .provenance import provenance
 from .report import write_report
 from .report.read import mapping
@@ -127,7 +127,7 @@ def _describe(project: Project, command: str | None, resumed: bool = False) -> N
     origin |= {"rows": _rows(project), "hub": hub_names(project.run.model_dump(mode="json"))}
     origin["peak_flops"] = peak_rate(device, torch.bfloat16 if bf16 else torch.float32)
     if resumed:  # what began the run stays; what it was gone on with is added
-        before = mapping(_saved_settings(project), "provenance")
+        before = mapping(saved_settings(project.folder), "provenance")
         origin |= {key: before[key] for key in ("command", "started") if key in before}
         earlier, now = before.get("resumed"), command and without_credentials(command)
         origin["resumed"] = [*(earlier if isinstance(earlier, list) else []), now]
@@ -141,15 +141,16 @@ def _rows(project: Project) -> dict[str, int]:
     return {name: len(rows.examples) for name, rows in sets.items()} | {"text": len(project.text)}
 
 
-def _resolved(project: Project) -> dict[str, float]:
+def _resolved(project: Project) -> dict[str, float | str]:
     """What the settings that were left open came to: the configuration itself stays as it was asked for."""
-    run = project.run
+    run, cache = project.run, project.models.pair.cache
+    left_open = run.teacher is not None and run.teacher.cache == "auto"
     return {
         "train.steps": project.state.total_steps,
         "validation.every": project.every,
         "checkpoint.every": run.checkpoint.every or project.every,
         "evaluation.temperature": make_sampling(run, run.evaluation.temperature).temperature,
-    }
+    } | ({"teacher.cache": "off" if cache is None else cache.kind} if left_open else {})
 
 
 def _train(project: Project) -> None:
@@ -334,7 +335,7 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
 
 def _changes(project: Project) -> list[str]:
     """The settings that differ from those in the run folder, whose scores go where they would no longer compare."""
-    folder, saved = project.folder, _saved_settings(project)
+    folder, saved = project.folder, saved_settings(project.folder)
     if not saved:  # nobody knows what the scores are of
         folder.forget_eval()
         return []
@@ -347,21 +348,6 @@ def _changes(project: Project) -> list[str]:
         elif key.startswith(("student.", "teacher.", "data.", "generation.", "evaluation.")):
             folder.forget_eval()
     return differences
-
-
-def _saved_settings(project: Project) -> dict[str, Any]:
-    """The settings in the run folder; empty where there are none.
-
-    Raises:
-        ConfigError: they cannot be read.
-    """
-    path = project.folder.path / "run.yaml"
-    if not path.exists():
-        return {}
-    try:
-        return read_yaml(str(project.folder.path))
-    except ConfigError as error:
-        raise ConfigError(f"{error}\nDelete {path} to go on with the settings given: it is written anew") from error
 
 
 def _finish(project: Project) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -18,11 +18,11 @@ from . import assembly, schedules
 from .accounting import part
 from .adapters import merged
 from .assess import answers, measure
-from .caching import make_cache
+from .caching import Kind, make_cache
 from .checkpoint import student_tensors, written_aside
 from .client import Server
 from .completions import PATH, SETTING, Completions
-from .config import Run, as_yaml
+from .config import Run, as_yaml, read_yaml
 from .display import Display
 from .errors import ConfigError, Interrupted, Terminated, TrainingError
 from .evaluation import rouge_l
@@ -33,6 +33,7 @@ from .methods import Method
 from .models import num_parameters, save_model
 from .notebook import facts_lines, facts_table
 from .processes import by_first
+from .report.read import mapping
 from .rows import Rows, answered, end_of_response, load_rows, read_data
 from .sharding import gathered, sharded
 from .sources import ReplayBuffer, steps_per_epoch
@@ -145,6 +146,7 @@ def build(
         steps=steps,
         note=display.note,
         precision=lambda: accelerator.autocast(),
+        before=by_first(lambda: _cached_before(folder)) if run.resume == "auto" else None,
     )
     models.pair = replace(models.pair, cache=cache)
     return Project(
@@ -163,6 +165,27 @@ def build(
         display=display,
         stop=stop,
     )
+
+
+def saved_settings(folder: RunFolder) -> dict[str, Any]:
+    """The settings in the run folder; empty where there are none.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    path = folder.path / "run.yaml"
+    if not path.exists():
+        return {}
+    try:
+        return read_yaml(str(folder.path))
+    except ConfigError as error:
+        raise ConfigError(f"{error}\nDelete {path} to go on with the settings given: it is written anew") from error
+
+
+def _cached_before(folder: RunFolder) -> Kind | None:
+    """What ``teacher.cache=auto`` came to when the run in ``folder`` began."""
+    kind = mapping(saved_settings(folder), "provenance", "resolved").get("teacher.cache")
+    return kind if kind in ("memory", "disk", "off") else None
 
 
 def validated_every(run: Run, train: Rows, steps: int) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -247,6 +247,11 @@ class TeacherCache:
     replayed: Store | None
     batch_size: int = 1
     once: frozenset[bytes] = frozenset()
+
+    @property
+    def kind(self) -> Literal["memory", "disk"]:
+        """Where the states are that are read again."""
+        return "disk" if isinstance(self.lasting, Disk) else "memory"
 
     def states(self, rows: Sequence[Example], teacher: Teacher) -> list[Tensor]:
         """The states of each row; ``teacher`` reads those that are not kept."""

@@ -93,13 +93,13 @@ def _subject(run: Run, folder: RunFolder, display: Display) -> Subject:
     validation = train if asked else [e for e in rows.validation.examples if any(e.targets)][:READ]
     method = make_method(run, models, train, rows.text, make_buffer(run, len(rows.train.examples)))
     if isinstance(models.pair.teacher, KeptTeacher):  # who answers from what was kept, or not at all
-        sets = {"train": rows.train.examples, "validation": rows.validation.examples}
         tests = [example for test in rows.tests.values() for example in test.examples]
         kept = make_cache(
             run,
             models,
             method,
-            **sets,
+            train=rows.train.examples,
+            validation=rows.validation.examples,
             tests=tests,
             steps=steps,
             note=display.note,
