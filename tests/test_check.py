@@ -359,15 +359,16 @@ def test_other_settings(case: str, taught: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_flops_are_those_of_the_run(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("steps", "size"), [(10, 5), (10, 2), (1, 7), (3, 7), (2, 99)])
+def test_flops_are_those_of_the_run(made: Path, tmp_path: Path, steps: int, size: int) -> None:
     """Of fine-tuning rows of one length nothing is left to chance: what is foreseen is what the run then computes."""
     from distillm.pipeline import distill
 
     same = write_rows(tmp_path / "same.jsonl", [{"instruction": f"Say {i}.", "output": f"{i}."} for i in range(8)])
     changes: dict[str, Any] = {
         "method": {"name": "sft"}, "teacher": None, "data.train": str(same), "data.validation": str(same),
-        "data.test": {}, "data.text": None, "train": {"steps": 10, "batch_size": 5},  # batches of 5 and of 3
-        "validation": {"samples": 0, "every": 5},
+        "data.test": {}, "train": {"steps": steps, "batch_size": size, "micro_batch_size": 1},
+        "validation": {"samples": 0, "every": max(steps // 2, 1)},
     }  # fmt: skip
     run = tiny_run(made, tmp_path / "run", changes)
     foreseen = check(run).cost.flops

@@ -151,6 +151,8 @@ def test_nesting_is_counted_alike_where_it_is_read_and_where_it_is_looked_throug
         load(nested[DEEPEST])
         with pytest.raises(ValueError, match=f"nested deeper than {DEEPEST}"):
             load(nested[DEEPEST + 1])
+    with pytest.raises(ValueError, match=f"nested deeper than {DEEPEST}"):  # before it is found to be unfinished
+        load_yaml(nested[DEEPEST + 1].rstrip("]}"))
 
 
 def test_a_key_that_is_there_twice_is_named_with_its_line(folder: Path):

@@ -109,8 +109,34 @@ def test_where_the_teachers_states_are_kept_is_decided_as_the_run_begins(
     stopped(lambda: distill(run), "_log_step", 4)
     # Less memory is free now; read together, not one by one, rows would have other last bits.
     monkeypatch.setattr("distillm.caching.cache_kind", lambda *_: "off")  # pyright: ignore[reportUnknownLambdaType]
-    assert_same_run(resumed(tmp_path / "run"), whole)
+    display = Heard()
+    assert_same_run(resumed(tmp_path / "run", display=display), whole)
+    assert any(text.startswith("teacher cache: in memory, as when the run began") for text in display.said)
     assert not same_weights(weights(distill(tiny_run(made, tmp_path / "other"))), weights(whole))
+
+
+@pytest.mark.parametrize("why", ["another teacher", "no checkpoint", "not noted"])
+def test_where_the_teachers_states_are_kept_is_decided_anew(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+):
+    run = tiny_run(made, tmp_path / "run", {"checkpoint.every": 8} if why == "no checkpoint" else {})
+    stopped(lambda: distill(run), "_log_step", 3)
+    path = tmp_path / "run" / "run.yaml"
+    assert noted(path) == "memory"
+    if why == "not noted":  # by an earlier version
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+        del record["provenance"]["resolved"]["teacher.cache"]
+        path.write_text(yaml.safe_dump(record), encoding="utf-8")
+    monkeypatch.setattr("distillm.caching.cache_kind", lambda *_: "off")  # pyright: ignore[reportUnknownLambdaType]
+    display, said = Heard(), "teacher cache: off, as neither memory nor disk has room"
+    resumed(tmp_path / "run", *(["teacher.cache_gib=1"] if why == "another teacher" else []), display=display)
+    assert any(text.startswith(said) for text in display.said)
+    assert noted(path) == "off"
+
+
+def noted(path: Path) -> str:
+    """What a run's settings say that ``teacher.cache=auto`` came to."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["provenance"]["resolved"]["teacher.cache"]
 
 
 @pytest.mark.parametrize("method", [{"name": "sft"}, {"name": "kd", "kd_weight": 0.5}])

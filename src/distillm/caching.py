@@ -66,12 +66,9 @@ def make_cache(
     kind, room = given.cache, f"{size(need.lasting + need.replayed)} of hidden states at most"
     if kind == "auto":
         kind = before or by_first(lambda: cache_kind(given, need))  # all do the same, however much memory each one has
-        where = {
-            "memory": "in memory",
-            "disk": f"in {given.folder}",
-            "off": "off, as neither memory nor disk has room",
-        }
-        note(f"teacher cache: {where[kind]} ({room})")
+        where = {"memory": "in memory", "disk": f"in {given.folder}", "off": "off"}[kind]
+        why = "as when the run began" if before else "as neither memory nor disk has room" if kind == "off" else ""
+        note(f"teacher cache: {where}{why and ', '}{why} ({room})")
         if kind == "off":
             return None
     # Chosen by auto, states are for this run; whoever asks for a place by name may mean another run.

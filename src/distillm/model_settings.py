@@ -99,7 +99,8 @@ class Teacher(Model):
         BeforeValidator(lambda given: "off" if given is False else given),  # YAML reads a bare off as false
     ] = "auto"
     """Where its last hidden states are kept, so that it reads no row twice in training. disk is shared by all runs with
-    this teacher; auto takes memory where they fit in it, else disk, and keeps no row that the run reads but once."""
+    this teacher; auto takes memory where they fit in it, else disk, and keeps no row that the run reads but once.
+    What it takes is decided as a run begins."""
     cache_folder: str | None = None
     """Where disk keeps them: ~/.cache/distillm/teacher unless set."""
     cache_gib: PositiveFloat = 20.0

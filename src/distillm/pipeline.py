@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +26,17 @@ from .evaluation.run import decode, seeds_used
 from .folder import RunFolder
 from .kept_teacher import KeptTeacher
 from .processes import anyone, by_first, count, dealt, first_alone, out_of_touch, writes
-from .project import Project, Stop, build, save_student, saved_settings, training, unless_stopped, validated
+from .project import (
+    Project,
+    Stop,
+    build,
+    cached_before,
+    save_student,
+    saved_settings,
+    training,
+    unless_stopped,
+    validated,
+)
 from .provenance import provenance
 from .report import write_report
 from .report.read import mapping
@@ -57,7 +68,8 @@ def distill(run: Run, display: Display | None = None, command: str | None = None
         display = display if display is not None and writes() else Display(quiet=True)
         with folder.held(), _interruptible(display, stop or Stop()) as stop, kept_by(account_for(run.device)):
             checkpoint = folder.open(resume=run.resume == "auto", overwrite=run.overwrite)
-            project = build(run, display, stop, folder, accelerator)
+            cached = None if checkpoint is None else by_first(partial(cached_before, run, folder))
+            project = build(run, display, stop, folder, accelerator, cached)
             met.append(project)
             _whole(project, checkpoint, command)
     return folder.path
@@ -323,7 +335,7 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
         project.display.note(damaged)
     _event(project, "resumed", said)
     project.display.note(f"resumed {said}")
-    if differences or not (project.folder.path / "run.yaml").exists():
+    if differences or mapping(saved_settings(project.folder), "provenance", "resolved") != _resolved(project):
         _describe(project, command, resumed=True)
     for name, now in {"threads": torch.get_num_threads(), "processes": count()}.items():
         if saved[name] != now:

@@ -22,7 +22,7 @@ from .caching import Kind, make_cache
 from .checkpoint import student_tensors, written_aside
 from .client import Server
 from .completions import PATH, SETTING, Completions
-from .config import Run, as_yaml, read_yaml
+from .config import Run, as_yaml, changed, read_yaml
 from .display import Display
 from .errors import ConfigError, Interrupted, Terminated, TrainingError
 from .evaluation import rouge_l
@@ -101,8 +101,12 @@ def build(
     stop: Stop | None = None,
     folder: RunFolder | None = None,
     accelerator: Accelerator | None = None,
+    cached: Kind | None = None,
 ) -> Project:
-    """The objects of a run, ready for ``training_steps``; the teacher's responses are written if the run needs them."""
+    """The objects of a run, ready for ``training_steps``; the teacher's responses are written if the run needs them.
+
+    ``cached`` is what ``teacher.cache=auto`` came to before, of a run that goes on.
+    """
     display, stop, folder = (
         display or Display(quiet=True),
         stop or Stop(),
@@ -146,7 +150,7 @@ def build(
         steps=steps,
         note=display.note,
         precision=lambda: accelerator.autocast(),
-        before=by_first(lambda: _cached_before(folder)) if run.resume == "auto" else None,
+        before=cached,
     )
     models.pair = replace(models.pair, cache=cache)
     return Project(
@@ -182,9 +186,12 @@ def saved_settings(folder: RunFolder) -> dict[str, Any]:
         raise ConfigError(f"{error}\nDelete {path} to go on with the settings given: it is written anew") from error
 
 
-def _cached_before(folder: RunFolder) -> Kind | None:
-    """What ``teacher.cache=auto`` came to when the run in ``folder`` began."""
-    kind = mapping(saved_settings(folder), "provenance", "resolved").get("teacher.cache")
+def cached_before(run: Run, folder: RunFolder) -> Kind | None:
+    """What ``teacher.cache=auto`` came to when the run in ``folder`` began; None where what it came of has changed."""
+    saved, came_of = saved_settings(folder), ("teacher.", "student.", "data.", "method.", "generation.")
+    if not saved or any(difference.startswith(came_of) for difference in changed(saved, run)):
+        return None
+    kind = mapping(saved, "provenance", "resolved").get("teacher.cache")
     return kind if kind in ("memory", "disk", "off") else None
 
 

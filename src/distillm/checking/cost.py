@@ -16,6 +16,7 @@ from ..accounting import peak_bytes, taken
 from ..assembly import make_optimizer, make_sampling
 from ..caching import MEMORY_SHARE
 from ..checkpoint import student_tensors
+from ..config import Run
 from ..evaluation.run import seeds_used
 from ..generation import Mixture, generate
 from ..method_settings import Distillation, Distillm2, MiniLlm
@@ -171,16 +172,16 @@ def _teacher_reads(subject: Subject, rows: list[Example]) -> Rate | None:
 
 def _training(subject: Subject, trains: Rate, teacher: Rate | None, optimizer: float) -> Iterator[Work]:
     run, row = subject.run, subject.prompt_tokens + subject.response_tokens
-    visited = subject.steps * subject.rows_of_step * (2 if isinstance(run.method, Distillm2) else 1) * row
-    text = subject.rows.text
-    yield trains.of("training", visited + subject.steps * run.train.batch_size * (run.data.text_length if text else 0))
+    train, text = len(subject.rows.train.examples), len(subject.rows.text)
+    visited = subject.visited(train) * (2 if isinstance(run.method, Distillm2) else 1) * row
+    yield trains.of("training", visited + (subject.visited(text) * run.data.text_length if text else 0))
     yield Work("training", optimizer * subject.steps, 0)
     if teacher is None or not subject.method.reads_teacher:
         return
     need, kind = subject.cache
     if kind != "off" and need.again:  # each row once, and what is written anew
         written = _written(subject) * row
-        visited = min(visited, len(subject.rows.train.examples) * row + written)
+        visited = min(visited, train * row + written)
     yield teacher.of("teacher", visited)
 
 
@@ -190,9 +191,8 @@ def _writing(subject: Subject) -> Iterator[Work]:
     scored = len(subject.scored)
     answers = scored * len(seeds_used(run.evaluation.seeds, make_sampling(run, run.evaluation.temperature)))
     validations = subject.validations
-    monitored = (run.validation.select, run.method.monitored)
     rows = len(subject.rows.validation.examples)
-    asked = min(run.validation.samples, rows) + (min(run.validation.rouge_rows, rows) if "rouge_l" in monitored else 0)
+    asked = sum(min(count, rows) for count in _validated(run))
     writes = _writes(subject, "student")
     mix = run.method.teacher_mix if isinstance(run.method, MiniLlm) else 0.0
     drawn = _writes(subject, "student", mix) if mix else writes
@@ -254,18 +254,28 @@ def _writes(subject: Subject, writer: Literal["student", "teacher"], teacher_mix
 def _written(subject: Subject) -> float:
     """Responses that the student writes in training; of an adaptive probability, which only the run shows, half."""
     method = subject.run.method
-    return method.written_share / (2 if method.replays else 1) * subject.steps * subject.rows_of_step
+    return method.written_share / (2 if method.replays else 1) * subject.visited(len(subject.rows.train.examples))
 
 
 def _at_once(subject: Subject) -> int:
     """Responses that are written at a time, at most."""
-    run, method, rows = subject.run, subject.run.method, subject.rows
-    asked = [1, min(run.validation.samples, len(rows.validation.examples))]
-    if isinstance(method, Distillm2) or (run.teacher_writes and subject.models.teacher is not None):
-        asked.append(len(rows.train.examples))
+    run, method = subject.run, subject.run.method
+    train, validation = len(subject.rows.train.examples), len(subject.rows.validation.examples)
+    asked = [1, *(min(count, validation) for count in _validated(run))]
+    if run.teacher_writes and subject.models.teacher is not None:
+        asked.append(train)
+    if isinstance(method, Distillm2):  # an epoch's
+        asked.append(min(subject.steps * run.train.batch_size, train))
     elif isinstance(method, Distillation | MiniLlm) and subject.student_writes:
-        asked.append(subject.most_rows * (1 + method.max_staleness))
-    return max(min(run.evaluation.batch_size, len(subject.scored)), min(run.generation.batch_size, max(asked)))
+        asked.append(subject.most_rows * (1 + min(method.max_staleness, subject.steps - 1)))
+    scored = len(subject.scored) or min(run.evaluation.token_rows, validation)
+    return max(min(run.evaluation.batch_size, scored), min(run.generation.batch_size, max(asked)))
+
+
+def _validated(run: Run) -> list[int]:
+    """How many rows each validation has the student answer, at most: those that are shown, and those scored."""
+    by_rouge = "rouge_l" in (run.validation.select, run.method.monitored)
+    return [run.validation.samples, run.validation.rouge_rows if by_rouge else 0]
 
 
 def _keeps(subject: Subject) -> int:

@@ -49,11 +49,11 @@ class Subject:
         rows = min(self.run.train.batch_size, len(self.rows.train.examples))
         return rows * (2 if isinstance(self.run.method, Distillm2) else 1)
 
-    @property
-    def rows_of_step(self) -> float:
-        """Of the data, in a step, the mean: the last batch of an epoch has what is left."""
-        rows = len(self.rows.train.examples)
-        return rows / steps_per_epoch(rows, self.run.train.batch_size)
+    def visited(self, rows: int) -> int:
+        """How often the steps read one of so many ``rows``: the last batch of an epoch has what is left."""
+        size = self.run.train.batch_size
+        epochs, rest = divmod(self.steps, steps_per_epoch(rows, size))
+        return epochs * rows + min(rest * size, rows)
 
     @cached_property
     def prompt_tokens(self) -> float:
