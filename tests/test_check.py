@@ -314,12 +314,8 @@ def test_as_many_rows_are_tried_as_a_step_has(
         return score(pair, rows, *args, **options)
 
     monkeypatch.setattr(Pair, "score", counted)
-    train = {
-        "steps": 2,
-        "batch_size": size,
-        "micro_batch_size": 99,
-        "packing": True,
-    }  # packed rows are not cut by length
+    # Packed rows are not cut by length.
+    train = {"steps": 2, "batch_size": size, "micro_batch_size": 99, "packing": True}
     changes: dict[str, Any] = {"method": {"name": method}, "data.text": None, "train": train}
     run = tiny_run(made, tmp_path / "run", changes)
     check(run)

@@ -108,7 +108,7 @@ def test_where_the_teachers_states_are_kept_is_decided_as_the_run_begins(
     run = tiny_run(made, tmp_path / "run")
     stopped(lambda: distill(run), "_log_step", 4)
     # Less memory is free now; read together, not one by one, rows would have other last bits.
-    monkeypatch.setattr("distillm.caching.cache_kind", lambda *_: "off")  # pyright: ignore[reportUnknownLambdaType]
+    monkeypatch.setattr("distillm.caching.cache_kind", no_room)
     display = Heard()
     assert_same_run(resumed(tmp_path / "run", display=display), whole)
     assert any(text.startswith("teacher cache: in memory, as when the run began") for text in display.said)
@@ -127,11 +127,15 @@ def test_where_the_teachers_states_are_kept_is_decided_anew(
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
         del record["provenance"]["resolved"]["teacher.cache"]
         path.write_text(yaml.safe_dump(record), encoding="utf-8")
-    monkeypatch.setattr("distillm.caching.cache_kind", lambda *_: "off")  # pyright: ignore[reportUnknownLambdaType]
+    monkeypatch.setattr("distillm.caching.cache_kind", no_room)
     display, said = Heard(), "teacher cache: off, as neither memory nor disk has room"
     resumed(tmp_path / "run", *(["teacher.cache_gib=1"] if why == "another teacher" else []), display=display)
     assert any(text.startswith(said) for text in display.said)
     assert noted(path) == "off"
+
+
+def no_room(*_: Any) -> str:
+    return "off"
 
 
 def noted(path: Path) -> str:

@@ -114,7 +114,7 @@ def test_a_second_run_has_the_teacher_read_nothing_of_the_data(tmp_path: Path, m
     assert all(torch.equal(a, weights(second)[name]) for name, a in weights(first).items())
 
 
-def test_a_step_on_rows_costs_the_teachers_unembedding_alone() -> None:
+def test_a_step_on_kept_rows_costs_the_teachers_unembedding_alone() -> None:
     pair = cached(tiny_pair(dtype=torch.float32), Memory(2**20))
     rows = [row(0, 5, 3), row(1, 7, 6)]
 

@@ -67,8 +67,8 @@ def make_cache(
     if kind == "auto":
         kind = before or by_first(lambda: cache_kind(given, need))  # all do the same, however much memory each one has
         where = {"memory": "in memory", "disk": f"in {given.folder}", "off": "off"}[kind]
-        why = "as when the run began" if before else "as neither memory nor disk has room" if kind == "off" else ""
-        note(f"teacher cache: {where}{why and ', '}{why} ({room})")
+        why = ", as when the run began" if before else ", as neither memory nor disk has room" if kind == "off" else ""
+        note(f"teacher cache: {where}{why} ({room})")
         if kind == "off":
             return None
     # Chosen by auto, states are for this run; whoever asks for a place by name may mean another run.

@@ -123,7 +123,8 @@ def _ended(folder: RunFolder) -> str:
 
 def _begin(project: Project, command: str | None) -> None:
     project.folder.forget_after(-1)
-    _changes(project)  # a start that was killed before its first checkpoint may have left scores
+    # A start that was killed before its first checkpoint may have left scores.
+    _changes(project, saved_settings(project.folder))
     _describe(project, command)
     _validation(project)  # first, because it finds damaged weights
     if "before" in project.run.evaluation.compare:
@@ -131,15 +132,16 @@ def _begin(project: Project, command: str | None) -> None:
 
 
 @first_alone
-def _describe(project: Project, command: str | None, resumed: bool = False) -> None:
+def _describe(project: Project, command: str | None, saved: dict[str, Any] | None = None) -> None:
+    """Write ``run.yaml``; ``saved`` is what a run that goes on has had there."""
     models = {"student": project.models.student, "teacher": project.models.teacher}
     device = project.accelerator.device
     origin = provenance(models, device, command) | {"resolved": _resolved(project)}
     bf16 = project.run.train.mixed_precision == "bf16" or project.run.student.dtype == "bfloat16"
     origin |= {"rows": _rows(project), "hub": hub_names(project.run.model_dump(mode="json"))}
     origin["peak_flops"] = peak_rate(device, torch.bfloat16 if bf16 else torch.float32)
-    if resumed:  # what began the run stays; what it was gone on with is added
-        before = mapping(saved_settings(project.folder), "provenance")
+    if saved is not None:  # what began the run stays; what it was gone on with is added
+        before = mapping(saved, "provenance")
         origin |= {key: before[key] for key in ("command", "started") if key in before}
         earlier, now = before.get("resumed"), command and without_credentials(command)
         origin["resumed"] = [*(earlier if isinstance(earlier, list) else []), now]
@@ -328,15 +330,16 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
     project.checkpointed = step_of(checkpoint)
     _retain(project)  # the kill may have come between a checkpoint and this
     project.folder.forget_after(project.state.step)
-    differences = _changes(project)
+    before = saved_settings(project.folder)
+    differences = _changes(project, before)
     said = f"from {checkpoint.name}" + (f", with changed settings: {', '.join(differences)}" if differences else "")
     for damaged in project.folder.damaged:
         _event(project, "damaged", damaged)
         project.display.note(damaged)
     _event(project, "resumed", said)
     project.display.note(f"resumed {said}")
-    if differences or mapping(saved_settings(project.folder), "provenance", "resolved") != _resolved(project):
-        _describe(project, command, resumed=True)
+    if differences or mapping(before, "provenance", "resolved") != _resolved(project):
+        _describe(project, command, before)
     for name, now in {"threads": torch.get_num_threads(), "processes": count()}.items():
         if saved[name] != now:
             said = f"the checkpoint was made with {saved[name]} {name}, now there are {now}"
@@ -345,9 +348,9 @@ def _resume(project: Project, checkpoint: Path, command: str | None) -> None:
             project.display.note(said)
 
 
-def _changes(project: Project) -> list[str]:
-    """The settings that differ from those in the run folder, whose scores go where they would no longer compare."""
-    folder, saved = project.folder, saved_settings(project.folder)
+def _changes(project: Project, saved: dict[str, Any]) -> list[str]:
+    """The settings that differ from the ``saved`` ones of its folder, whose scores go where they would not compare."""
+    folder = project.folder
     if not saved:  # nobody knows what the scores are of
         folder.forget_eval()
         return []

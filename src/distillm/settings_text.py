@@ -22,7 +22,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.depth += 1
         if self.depth > DEEPEST:
-            raise yaml.YAMLError(f"it is nested deeper than {DEEPEST} levels")
+            raise RecursionError
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -52,7 +52,7 @@ def load_yaml(text: str) -> Any:
             loader.dispose()
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
-    except RecursionError:  # by names of names
+    except RecursionError:  # the loader's, or Python's own, by names of names
         raise ValueError(f"it is nested deeper than {DEEPEST} levels") from None
     except (AttributeError, LookupError, TypeError) as error:  # such as !!timestamp before what is none
         raise ValueError(f"a value is not what its tag says ({type(error).__name__}: {error})") from error

@@ -103,7 +103,7 @@ def estimate(subject: Subject) -> Cost:
 def heaviest(subject: Subject) -> list[Example]:
     """A micro-batch of the longest rows; as long as the student may write them, where it trains on its responses."""
     run, method = subject.run, subject.run.method
-    count = min(run.train.micro_batch_size, subject.most_rows)
+    count = min(run.train.micro_batch_size, subject.most_rows * subject.per_row)
     examples = [subject.train[i % len(subject.train)] for i in range(count)]
     if subject.student_writes:
         examples = [_as_written(e, run.generation.max_new_tokens) for e in examples]
@@ -173,7 +173,7 @@ def _teacher_reads(subject: Subject, rows: list[Example]) -> Rate | None:
 def _training(subject: Subject, trains: Rate, teacher: Rate | None, optimizer: float) -> Iterator[Work]:
     run, row = subject.run, subject.prompt_tokens + subject.response_tokens
     train, text = len(subject.rows.train.examples), len(subject.rows.text)
-    visited = subject.visited(train) * (2 if isinstance(run.method, Distillm2) else 1) * row
+    visited = subject.visited(train) * subject.per_row * row
     yield trains.of("training", visited + (subject.visited(text) * run.data.text_length if text else 0))
     yield Work("training", optimizer * subject.steps, 0)
     if teacher is None or not subject.method.reads_teacher:

@@ -44,10 +44,14 @@ class Subject:
         return [example for rows in self.rows.tests.values() for example in rows.examples]
 
     @property
+    def per_row(self) -> int:
+        """Responses that a step trains on for each row of the data."""
+        return 2 if isinstance(self.run.method, Distillm2) else 1
+
+    @property
     def most_rows(self) -> int:
-        """Of the data, in a step: a batch, or all where there are fewer; of DistiLLM-2 each with two responses."""
-        rows = min(self.run.train.batch_size, len(self.rows.train.examples))
-        return rows * (2 if isinstance(self.run.method, Distillm2) else 1)
+        """Of the data, in a step: a batch, or all where there are fewer."""
+        return min(self.run.train.batch_size, len(self.rows.train.examples))
 
     def visited(self, rows: int) -> int:
         """How often the steps read one of so many ``rows``: the last batch of an epoch has what is left."""
